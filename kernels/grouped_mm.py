@@ -1,0 +1,209 @@
+"""Grouped product: every expert multiplies its own contiguous slice of rows by its own weight."""
+
+# D input width, N output width, L local experts, R rows (grouped by expert, ascending), n_used = sum(rows_per_expert)
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from kernels.backend import require_triton
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+
+# torch's grouped product wants strides that are multiples of this many bytes on a GPU.
+_ALIGNMENT_BYTES = 16
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, rows_per_expert: Sequence[int], backend: Backend = "auto"
+) -> Tensor:
+    """Multiply each expert's slice of rows by the transpose of that expert's weight.
+
+    Measured on one thread of a 2-core AVX512 CPU, torch 2.13, fp32, forward plus backward, milliseconds. `loop` is the
+    reference, `bmm` a batched product (rows padded to the fullest expert where they are skewed), `torch` is
+    F.grouped_mm under autograd, itself a loop on a CPU:
+
+         L    D    N  rows         loop   bmm  torch
+        16  192  128  8192  even   14.1  14.9   13.6
+        16  192  128  8192  skewed 13.8  37.8   13.8
+        32  768  896  4096  even    210   210    212
+        32  768  896  4096  skewed  209   725    216
+        64  256  128   256  even    2.1   1.2    1.5
+        64  128   64    64  even    0.8   0.2    0.4
+
+    The batched product wins only where experts are tiny and equally full, which routing never grants. So the CPU takes
+    the loop.
+
+    Args:
+        x: (R, D), rows of expert 0 first, then of expert 1, and so on. Rows past the last expert's are padding.
+        weight: (L, N, D), same dtype as x (under autocast both are cast to its dtype).
+        rows_per_expert: L host integers >= 0, their sum at most R. An expert may have no row; R may be 0.
+        backend: `reference` is a loop of products, `torch` is torch's grouped_mm, `triton` our kernel (a GPU, or
+            Triton's interpreter); `auto` takes `torch` for bfloat16 on CUDA where the strides allow it and `reference`
+            elsewhere.
+
+    Returns:
+        (R, N). Padding rows are zero, and so is their gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or counts do not fit together, or a forced backend cannot take this input.
+    """
+    _check(x, weight, rows_per_expert)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"grouped_linear: x is {x.dtype} but weight is {weight.dtype}; cast one of them")
+    product = _product(x, weight, backend)
+    return cast(Tensor, _GroupedLinear.apply(x, weight, tuple(rows_per_expert), product))
+
+
+def _check(x: Tensor, weight: Tensor, rows_per_expert: Sequence[int]) -> None:
+    if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
+        raise ValueError(
+            f"grouped_linear: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; "
+            "x must be (R, D) and weight (L, N, D)"
+        )
+    if len(rows_per_expert) != weight.shape[0]:
+        raise ValueError(
+            f"grouped_linear: {len(rows_per_expert)} row counts for {weight.shape[0]} experts; give one count for each"
+        )
+    if min(rows_per_expert, default=0) < 0 or sum(rows_per_expert) > x.shape[0]:
+        raise ValueError(
+            f"grouped_linear: rows_per_expert {tuple(rows_per_expert)} must be >= 0 and sum to at most the "
+            f"{x.shape[0]} rows given"
+        )
+
+
+def _product(x: Tensor, weight: Tensor, backend: Backend) -> _Product:
+    """Resolve the backend's name to the three products that a forward and a backward need."""
+    if backend == "reference":
+        return _Loop
+    aligned = all(width * x.element_size() % _ALIGNMENT_BYTES == 0 for width in weight.shape[1:])
+    if backend == "torch":
+        if not aligned:
+            raise ValueError(
+                f"grouped_linear: backend torch needs widths {tuple(weight.shape[1:])} that are multiples of "
+                f"{_ALIGNMENT_BYTES} bytes in {x.dtype}; pad them or use backend reference"
+            )
+        return _Torch
+    if backend == "triton":
+        require_triton("grouped_linear", x)
+        return _Triton
+    if backend != "auto":
+        raise ValueError(f"grouped_linear: unknown backend {backend!r}; use auto, reference, torch or triton")
+    return _Torch if x.is_cuda and x.dtype == torch.bfloat16 and aligned else _Loop
+
+
+class _Loop:
+    """One product for each expert that has rows, straight into slices of the result: no copy, no padding."""
+
+    @staticmethod
+    def rows(x: Tensor, weight: Tensor, counts: tuple[int, ...], transpose: bool) -> Tensor:
+        """(R, D) by weight (L, N, D) -> (R, N), or (R, N) -> (R, D) when not transposed."""
+        matrices = (weight.transpose(1, 2) if transpose else weight).unbind(0)
+        out = x.new_empty(x.shape[0], matrices[0].shape[1])
+        *slices, rest = zip(_split(x, counts), _split(out, counts), strict=True)
+        for (rows, result), matrix in zip(slices, matrices, strict=True):
+            if rows.shape[0]:
+                torch.mm(rows, matrix, out=result)
+        rest[1].zero_()
+        return out
+
+    @staticmethod
+    def weights(grad: Tensor, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """(R, N) and (R, D) -> (L, N, D): each expert's sum of outer products; zero for an expert with no row."""
+        out = x.new_empty(len(counts), grad.shape[1], x.shape[1])
+        *slices, _ = zip(_split(grad, counts), _split(x, counts), strict=True)
+        for (grads, rows), result in zip(slices, out.unbind(0), strict=True):
+            if rows.shape[0]:
+                torch.mm(grads.t(), rows, out=result)
+            else:
+                result.zero_()
+        return out
+
+
+def _split(x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Each expert's slice, and last the padding rows."""
+    return x.split([*counts, x.shape[0] - sum(counts)])
+
+
+class _Torch:
+    """torch's grouped_mm: one launch for all experts on a GPU."""
+
+    @staticmethod
+    def rows(x: Tensor, weight: Tensor, counts: tuple[int, ...], transpose: bool) -> Tensor:
+        width = weight.shape[1] if transpose else weight.shape[2]
+        if not sum(counts):
+            return x.new_zeros(x.shape[0], width)
+        matrix = weight.transpose(-2, -1) if transpose else weight
+        out = _grouped_mm()(x.contiguous(), matrix, offs=_offsets(counts, x.device))
+        out[sum(counts) :].zero_()  # rows past the last offset are uninitialised memory
+        return out
+
+    @staticmethod
+    def weights(grad: Tensor, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        if not sum(counts):
+            return x.new_zeros(len(counts), grad.shape[1], x.shape[1])
+        used = sum(counts)
+        return _grouped_mm()(
+            grad[:used].contiguous().t(), x[:used].contiguous(), offs=_offsets(counts, x.device)
+        )
+
+
+class _Triton:
+    """Our kernel: tiles of each expert's rows, listed on the host."""
+
+    @staticmethod
+    def rows(x: Tensor, weight: Tensor, counts: tuple[int, ...], transpose: bool) -> Tensor:
+        from kernels.grouped_mm_triton import rows_product
+
+        return rows_product(x, weight, counts, transpose)
+
+    @staticmethod
+    def weights(grad: Tensor, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        from kernels.grouped_mm_triton import weights_product
+
+        return weights_product(grad, x, counts)
+
+
+_Product = type[_Loop] | type[_Torch] | type[_Triton]
+
+
+def _grouped_mm() -> Callable[..., Tensor]:
+    public = getattr(torch.nn.functional, "grouped_mm", None)
+    return cast(Callable[..., Tensor], public if public is not None else torch._grouped_mm)
+
+
+def _offsets(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    offsets, total = [], 0
+    for count in counts:
+        total += count
+        offsets.append(total)
+    host = torch.tensor(offsets, dtype=torch.int32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Saves the parameter itself, not a view of it, so that a sharding engine may free and refill its storage."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...], product: _Product) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.counts, ctx.product = counts, product
+        return product.rows(x, weight, counts, transpose=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.product.rows(grad, weight, ctx.counts, transpose=False)
+        if ctx.needs_input_grad[1]:
+            grad_weight = ctx.product.weights(grad, x, ctx.counts)
+        return grad_x, grad_weight, None, None

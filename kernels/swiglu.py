@@ -1,0 +1,68 @@
+"""SwiGLU's elementwise half: silu(gate) * up, forward and backward without keeping an intermediate."""
+
+# R rows, I intermediate width
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu_pair(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of two tensors of one shape, where gate and up come from separate products."""
+    return cast(Tensor, _SwiGLUPair.apply(gate, up))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Split the last dimension in halves and return silu(first) * second.
+
+    Args:
+        gate_up: (..., 2I), gate first.
+
+    Returns:
+        (..., I) in the same dtype.
+
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    return cast(Tensor, _SwiGLU.apply(gate_up))
+
+
+class _SwiGLUPair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        _write_gradients(grads[0], gate, up, grad_gate, grad_up)
+        return grad_gate, grad_up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The gradient is written into one (..., 2I) buffer; autograd would build both halves and join them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        grad_gate, grad_up = out.chunk(2, dim=-1)
+        _write_gradients(grads[0], gate, up, grad_gate, grad_up)
+        return (out,)
+
+
+def _write_gradients(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+    torch.mul(grad, F.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)

@@ -1,0 +1,126 @@
+"""Finds the first non-finite number: which layer, which tensor, which expert, forward or backward."""
+
+# R received rows, L local experts
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Attention
+from model.block import Block
+from model.layers import Embedding, Head
+from model.mlp import MLP
+from model.moe import Experts, MoE
+from model.mtp import MultiTokenPrediction
+from model.router import Router
+from model.transformer import Transformer
+
+
+class NonFiniteError(FloatingPointError):
+    """A tensor that crossed a layer holds NaN or infinity.
+
+    Attributes:
+        layer: module path of the decoder layer, e.g. `layers.3` or `mtp.0.block`; `model` outside of them.
+        tensor: which one, e.g. `mlp.experts output` or `gradient of self_attn output`.
+        expert: global number of the routed expert whose row it is, or None.
+    """
+
+    def __init__(self, layer: str, tensor: str, expert: int | None, detail: str) -> None:
+        where = f"{layer}: {tensor}" + ("" if expert is None else f", expert {expert}")
+        super().__init__(
+            f"{where} is not finite ({detail}); look at this layer's inputs and weights with a breakpoint, or lower "
+            "optimizer.lr and check the data if it appears only after some steps"
+        )
+        self.layer, self.tensor, self.expert = layer, tensor, expert
+
+
+class ProbeHandle:
+    """Takes the probes off again."""
+
+    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def attach(model: Transformer) -> ProbeHandle:
+    """Check every tensor that leaves a part of a layer, and every gradient that enters it, until removed.
+
+    The error is raised inside the forward or backward that meets the number first; on a GPU each check waits for the
+    device, so this is for finding a fault and not for training.
+
+    Raises (later, from the model's forward or backward):
+        NonFiniteError
+    """
+    kinds = (Attention, Block, Embedding, Head, MLP, MoE, MultiTokenPrediction, Router)
+    hooks = []
+    for name, module in model.named_modules():
+        layer, part = _split(name)
+        if isinstance(module, Experts):
+            n_local = module.gate_up_proj.shape[0]
+            hooks.append(module.register_forward_hook(_experts_hook(layer, part, model.exchange.ep_rank * n_local)))
+        elif isinstance(module, kinds):
+            hooks.append(module.register_forward_hook(_hook(layer, part)))
+    return ProbeHandle(hooks)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`layers.3.mlp.gate` -> (`layers.3`, `mlp.gate`); `lm_head` -> (`model`, `lm_head`)."""
+    parts = name.split(".")
+    length = {"layers": 2, "mtp": 3 if parts[2:3] == ["block"] else 2}.get(parts[0], 0)
+    return ".".join(parts[:length]) or "model", ".".join(parts[length:])
+
+
+def _hook(layer: str, part: str) -> Callable[[nn.Module, Any, Any], None]:
+    label = f"{part} output" if part else "output"
+
+    def check(module: nn.Module, args: Any, output: Any) -> None:
+        for tensor in output if isinstance(output, tuple) else (output,):
+            _check(tensor, layer, label)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda grad: _check(grad, layer, f"gradient of {label}"))
+
+    return check
+
+
+def _experts_hook(layer: str, part: str, first: int) -> Callable[[nn.Module, Any, Any], None]:
+    def check(module: nn.Module, args: Any, output: Tensor) -> None:
+        rows_per_expert: tuple[int, ...] = args[1]
+        _check(args[0], layer, f"{part} input", rows_per_expert, first)
+        _check(output, layer, f"{part} output", rows_per_expert, first)
+        if output.requires_grad:
+            output.register_hook(
+                lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, first)
+            )
+
+    return check
+
+
+def _check(
+    tensor: Tensor, layer: str, label: str, rows_per_expert: tuple[int, ...] | None = None, first: int = 0
+) -> None:
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        return
+    bad = ~torch.isfinite(tensor.detach())
+    expert = None
+    if rows_per_expert is not None:
+        expert = _expert_of_row(int(bad.any(-1).nonzero()[0]), rows_per_expert, first)
+    position = tuple(bad.nonzero()[0].tolist()) if bad.dim() else ()
+    detail = f"{int(bad.sum())} of {bad.numel()} numbers, the first at {position} of shape {tuple(tensor.shape)}"
+    raise NonFiniteError(layer, label, expert, detail)
+
+
+def _expert_of_row(row: int, rows_per_expert: tuple[int, ...], first: int) -> int | None:
+    end = 0
+    for expert, count in enumerate(rows_per_expert):
+        end += count
+        if row < end:
+            return first + expert
+    return None  # a padding row

@@ -1,0 +1,102 @@
+"""Routed experts through an exchange against every expert applied to every token."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.exchange import LocalExchange
+from model.init import init_weights
+from model.moe import MoE
+from model.transformer import Transformer
+from tests.unit.literal_model import TINY
+
+
+def moe(config=TINY, seed=1) -> MoE:
+    model = Transformer(config, LocalExchange())
+    init_weights(model, seed)
+    return model.layers[1].mlp
+
+
+def dense(module: MoE, x, topk_ids, topk_weights):
+    """All experts on all tokens, weighted by a matrix that is zero where an expert was not chosen."""
+    flat = x.reshape(-1, x.shape[-1])
+    mask = torch.zeros(flat.shape[0], module.n_routed_experts).scatter(1, topk_ids, topk_weights)
+    gate_up = torch.einsum("td,end->ten", flat, module.experts.gate_up_proj)
+    gate, up = gate_up.chunk(2, -1)
+    out = torch.einsum("tei,edi,te->td", F.silu(gate) * up, module.experts.down_proj, mask)
+    shared = module.shared_experts
+    if shared is not None:
+        inner = F.silu(flat @ shared.gate_proj.weight.t()) * (flat @ shared.up_proj.weight.t())
+        out = out + inner @ shared.down_proj.weight.t()
+    return out.view_as(x)
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_values_and_gradients_equal_the_dense_computation(shared):
+    module = moe(replace(TINY, n_shared_experts=shared))
+    x = torch.randn(2, 7, TINY.hidden_size, requires_grad=True)
+    probe = torch.randn(2, 7, TINY.hidden_size)
+    out, counts, _, _ = module(x)
+    assert counts.sum() == 2 * 7 * TINY.num_experts_per_tok
+    topk_ids, topk_weights, *_ = module.gate(x)
+    expected = dense(module, x, topk_ids, topk_weights)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    inputs = (x, *module.parameters())
+    ours = torch.autograd.grad((out * probe).sum(), inputs)
+    theirs = torch.autograd.grad((expected * probe).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_expert_without_tokens_gets_a_zero_gradient():
+    module = moe(replace(TINY, n_group=1, topk_group=1))
+    module.gate.e_score_correction_bias[2] = -100.0
+    x = torch.randn(1, 5, TINY.hidden_size)
+    out, counts, _, _ = module(x)
+    out.square().sum().backward()
+    assert counts[2] == 0
+    assert module.experts.gate_up_proj.grad[2].abs().max() == 0
+    assert module.experts.down_proj.grad[2].abs().max() == 0
+    busy = int(counts.argmax())
+    assert module.experts.gate_up_proj.grad[busy].abs().max() > 0
+    assert torch.isfinite(module.gate.weight.grad).all()
+
+
+def test_all_tokens_on_the_same_experts():
+    module = moe(replace(TINY, n_group=1, topk_group=1))
+    module.gate.e_score_correction_bias[[1, 6]] = 50.0
+    x = torch.randn(3, 4, TINY.hidden_size)
+    out, counts, _, _ = module(x)
+    assert counts.tolist() == [0, 12, 0, 0, 0, 0, 12, 0]
+    topk_ids, topk_weights, *_ = module.gate(x)
+    torch.testing.assert_close(out, dense(module, x, topk_ids, topk_weights), rtol=1e-5, atol=1e-6)
+
+
+def test_exchange_without_any_token():
+    exchange = LocalExchange()
+    x = torch.zeros(0, 6, requires_grad=True)
+    dispatched = exchange.dispatch(x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), 4)
+    assert dispatched.rows.shape == (0, 6)
+    assert dispatched.rows_per_expert == (0, 0, 0, 0)
+    out = exchange.combine(dispatched.rows, dispatched)
+    assert out.shape == (0, 6)
+    out.sum().backward()
+    assert x.grad.shape == (0, 6)
+
+
+def test_dispatch_groups_rows_by_expert_in_token_order():
+    exchange = LocalExchange()
+    x = torch.arange(3.0)[:, None]
+    ids = torch.tensor([[2, 0], [0, 3], [2, 3]])
+    dispatched = exchange.dispatch(x, ids, torch.ones(3, 2), 4)
+    assert dispatched.rows_per_expert == (2, 0, 2, 2)
+    assert dispatched.rows.flatten().tolist() == [0, 1, 0, 2, 1, 2]
+
+
+def test_experts_that_do_not_divide_are_refused():
+    exchange = LocalExchange()
+    exchange.ep_size = 3
+    with pytest.raises(ValueError, match="n_routed_experts = 8 cannot be split over ep_size = 3"):
+        MoE(TINY, exchange)
