@@ -1,0 +1,217 @@
+"""The readings behind packing: survey the documents, train the tokenizer, encode and write the shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.corpus import Document, Source
+from data.errors import DataError
+from data.heldout import HeldoutChoice, split_tail
+from data.manifest import DOCUMENTS, MANIFEST, TOKENIZER, Manifest, SourceInfo, SplitInfo
+from data.shards import ShardWriter
+from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+
+_BATCH_BYTES = 4 << 20
+_TRAINING_BYTES = 64 << 20
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(phase, bytes done, bytes in total); the total is 0 while it is not known."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the survey remembers of a document that is kept."""
+
+    name: str
+    n_bytes: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The documents to keep by name, the number of duplicates left out, and (documents, bytes) kept by source."""
+
+    entries: dict[str, Entry]
+    n_duplicates: int
+    by_source: tuple[tuple[int, int], ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(entry.n_bytes for entry in self.entries.values())
+
+
+def _documents(opened: list[Source]) -> Iterator[tuple[int, Document]]:
+    """Every document of every source with its source's number; names get their source in front if there are several."""
+    for number, source in enumerate(opened):
+        for document in source.read():
+            if len(opened) > 1:
+                document = Document(f"{source.name}/{document.name}", document.data, document.origin, document.licence)
+            yield number, document
+
+
+def survey(opened: list[Source], report: Progress) -> Survey:
+    """First reading: which documents to keep; of identical ones the first."""
+    entries: dict[str, Entry] = {}
+    digests: set[bytes] = set()
+    totals = [[0, 0] for _ in opened]
+    n_duplicates = done = 0
+    for number, document in _documents(opened):
+        done += len(document.data)
+        report("reading", done, 0)
+        digest = hashlib.blake2b(document.data, digest_size=16).digest()
+        if digest in digests:
+            n_duplicates += 1
+            continue
+        digests.add(digest)
+        entries[document.name] = Entry(document.name, len(document.data), digest)
+        totals[number][0] += 1
+        totals[number][1] += len(document.data)
+    if not entries:
+        reasons = "; ".join(f"{source.name}: {dict(source.skipped)}" for source in opened)
+        raise DataError(f"the sources hold no text (left out: {reasons}); give UTF-8 text or code")
+    return Survey(entries, n_duplicates, tuple((n_documents, n_bytes) for n_documents, n_bytes in totals))
+
+
+def _kept(opened: list[Source], entries: dict[str, Entry]) -> Iterator[Document]:
+    """A later reading: the documents that the first one kept, refused if they changed in between."""
+    seen = 0
+    for _, document in _documents(opened):
+        entry = entries.get(document.name)
+        if entry is None:
+            continue
+        if hashlib.blake2b(document.data, digest_size=16).digest() != entry.digest:
+            raise DataError(f"{document.origin}: {document.name} changed while it was packed; pack again")
+        seen += 1
+        yield document
+    if seen != len(entries):
+        raise DataError(f"{len(entries) - seen} documents vanished while they were packed; pack again")
+
+
+def make_tokenizer(
+    spec: str, opened: list[Source], found: Survey, choice: HeldoutChoice, report: Progress
+) -> Tokenizer:
+    """The tokenizer that `spec` asks for; "bpe:N" is trained on what is not held out, at most 64 MiB of it."""
+    if spec == "bytes":
+        return ByteTokenizer()
+    if not spec.startswith("bpe:"):
+        return load_tokenizer(spec)
+    entries, total = found.entries, found.n_bytes
+    share = min(1.0, _TRAINING_BYTES / total)
+
+    def texts() -> Iterator[str]:
+        done = 0
+        for document in _kept(opened, entries):
+            # the digest is uniform, so its first bytes draw an even, repeatable sample of a large corpus
+            drawn = int.from_bytes(entries[document.name].digest[:4], "little") < share * 2**32
+            if document.name in choice.names or not drawn:
+                continue
+            data = split_tail(document.data, choice.tail_bytes)[0] if document.name == choice.tail else document.data
+            done += len(data)
+            report("training the tokenizer", done, int(total * share))
+            yield data.decode("utf-8")
+
+    return train_bpe(texts(), int(spec[4:]))
+
+
+def write_dataset(
+    folder: Path,
+    opened: list[Source],
+    found: Survey,
+    choice: HeldoutChoice,
+    encoder: Tokenizer,
+    shard_bytes: int,
+    report: Progress,
+) -> Manifest:
+    """Last reading: encodes, writes shards, indexes, documents.jsonl, the tokenizer and the manifest."""
+    (folder / TOKENIZER).write_text(encoder.to_json(), encoding="utf-8")
+    dtype = np.dtype("<u2") if encoder.vocab_size <= 1 << 16 else np.dtype("<u4")
+    writers = {split: ShardWriter(folder, split, shard_bytes) for split in ("train", "heldout")}
+    counts = {split: [0, 0] for split in writers}  # documents, bytes of text
+    listing_sha256 = hashlib.sha256()
+    done = number = 0
+    lossless = True
+    try:
+        with (folder / DOCUMENTS).open("wb") as listing:
+            for batch in _batches(_split(_kept(opened, found.entries), choice)):
+                encoded = encoder.encode_batch([document.text for _, document in batch])
+                for (split, document), ids in zip(batch, encoded, strict=True):
+                    if split == "heldout" or number == 0:
+                        lossless = lossless and encoder.decode_bytes(ids.tolist()) == document.data
+                    tokens = np.append(ids, np.uint32(encoder.eod_id)).astype(dtype)
+                    key = f"{number:08d}"
+                    writers[split].add(key, tokens, document.data if split == "heldout" else None)
+                    row = {
+                        "key": key,
+                        "name": document.name,
+                        "split": split,
+                        "source": document.origin,
+                        "licence": document.licence,
+                        "bytes": len(document.data),
+                        "tokens": len(tokens),
+                    }
+                    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+                    listing.write(line)
+                    listing_sha256.update(line)
+                    counts[split][0] += 1
+                    counts[split][1] += len(document.data)
+                    number += 1
+                    done += len(document.data)
+                report("encoding", done, found.n_bytes)
+        shards = {split: writer.close() for split, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abort()
+    splits = {}
+    for split, written in shards.items():
+        n_documents, n_bytes = counts[split]
+        splits[split] = SplitInfo(n_documents, sum(shard.n_tokens for shard in written), n_bytes, written)
+    manifest = Manifest(
+        tokenizer=encoder.spec,
+        tokenizer_sha256=encoder.fingerprint,
+        vocab_size=encoder.vocab_size,
+        eod_id=encoder.eod_id,
+        lossless=lossless,
+        dtype=dtype.str,
+        train=splits["train"],
+        heldout=splits["heldout"],
+        sources=tuple(
+            SourceInfo(source.name, source.licence, *found.by_source[i], dict(sorted(source.skipped.items())))
+            for i, source in enumerate(opened)
+        ),
+        n_duplicates=found.n_duplicates,
+        documents_sha256=listing_sha256.hexdigest(),
+    )
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _split(documents: Iterator[Document], choice: HeldoutChoice) -> Iterator[tuple[str, Document]]:
+    """Gives each document its split; the one whose end is held out becomes two."""
+    for document in documents:
+        if document.name == choice.tail:
+            head, tail = split_tail(document.data, choice.tail_bytes)
+            if head and tail:
+                yield "train", Document(document.name, head, document.origin, document.licence)
+                yield "heldout", Document(f"{document.name}#end", tail, document.origin, document.licence)
+                continue
+        yield ("heldout" if document.name in choice.names else "train"), document
+
+
+def _batches(documents: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    """Groups documents into batches of about `_BATCH_BYTES`."""
+    batch: list[tuple[str, Document]] = []
+    size = 0
+    for item in documents:
+        batch.append(item)
+        size += len(item[1].data)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,196 @@
+"""Plain tar files without an index, read through `webdataset` in the order in which they lie. NOT resumable.
+
+For WebDatasets that somebody else wrote, to look at them or to train on them once: there is no plan, no checksum, no
+audit and no exactly-once; a truncated tar ends early without an error, and a restart begins at the first sample again.
+Pack the data (`trimtab data pack`) to have all that.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.batches import Batches
+from data.config import DataConfig
+from data.errors import DataError
+from data.ledger import format_hash, hash_sequences, ledger_line
+from data.stream import MicroBatch, check_sizes
+from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+NOT_RESUMABLE = (
+    'data.mode = "stream" reads plain tar files in their own order: it cannot be resumed, verified or audited; pack '
+    'the data with `trimtab data pack` and use data.mode = "indexed" for that'
+)
+
+
+class ForeignStream:
+    """Reads one rank's part of endlessly repeated tar files; `read` wants one step after the other, from any first one.
+
+    Every rank goes through all samples and keeps every dp_size-th, so all ranks have the same, endless number of steps.
+    A sample's text is its member `txt`, or the field "text" of its member `json`; others are counted and left out.
+    Nothing is unpickled and no command is run.
+
+    Args:
+        config: the `data` section, mode "stream"; path is a folder, a file or a pattern of tar files.
+        dp_rank, dp_size, global_batch_size, micro_batch_size: as in Stream.
+
+    Attributes:
+        wait_seconds, total_wait_seconds: as in Stream; quarantined: always empty; n_left_out: samples without text.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        dp_rank: int,
+        dp_size: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+    ) -> None:
+        problems = check_sizes(dp_size, dp_size, global_batch_size, micro_batch_size)
+        if problems:
+            raise DataError("; ".join(problems))
+        self.tokenizer = foreign_tokenizer(config)
+        self._files = foreign_files(config.path)
+        self._seq_len, self._dp_rank, self._dp_size = config.seq_len, dp_rank, dp_size
+        self._micro_batch_size = micro_batch_size
+        self._batches = Batches.constant(global_batch_size)
+        self._texts = self._read_texts()
+        self._tokens = np.array([self.tokenizer.eod_id], np.int64)
+        self._next_step: int | None = None
+        self._consumed = 0
+        self.wait_seconds = 0.0
+        self.total_wait_seconds = 0.0
+        self.quarantined: dict[int, str] = {}
+        self.n_left_out = 0
+
+    def read(self, step: int) -> list[MicroBatch]:
+        """The next micro-batches of this rank; sequence ids only number them.
+
+        Raises:
+            DataError: the step is not the one after the last, or no sample holds text.
+        """
+        if self._next_step is not None and step != self._next_step:
+            raise DataError(f"step {step} was asked after step {self._next_step - 1}; {NOT_RESUMABLE}")
+        started = time.perf_counter()
+        ids = self._batches.numbers(step)[self._dp_rank :: self._dp_size]
+        micro_batches = [
+            self._assemble(ids[start : start + self._micro_batch_size])
+            for start in range(0, len(ids), self._micro_batch_size)
+        ]
+        self._next_step = step + 1
+        self._consumed = hash_sequences(ids)
+        self.wait_seconds = time.perf_counter() - started
+        self.total_wait_seconds += self.wait_seconds
+        return micro_batches
+
+    def epoch(self, step: int) -> int:
+        """Always 0: where a pass over the files ends is not known."""
+        return 0
+
+    def ledger_hash(self, step: int) -> str:
+        """Hash of the numbers of a step's sequences; it shows that no rank fell behind, not what was read."""
+        return format_hash(hash_sequences(self._batches.numbers(step)))
+
+    def consumed_hash(self, step: int) -> int:
+        """This rank's part of `ledger_hash`, for the last step read."""
+        return self._consumed
+
+    def ledger_line(self, step: int, consumed: int) -> dict[str, Any]:
+        """A line for ledger.jsonl whose plan says that it proves nothing about the data."""
+        return ledger_line(step, 0, self._batches.numbers(step), consumed, "not resumable", ())
+
+    def cursor(self, next_step: int) -> dict[str, Any]:
+        """What a checkpoint keeps: the mode and the step, not a place in the data."""
+        return {"mode": "stream", "next_step": next_step}
+
+    def check_cursor(self, cursor: dict[str, Any]) -> int:
+        """Always refuses.
+
+        Raises:
+            DataError: there is no place to continue from.
+        """
+        raise DataError(f"the run cannot be resumed at step {cursor.get('next_step')}; {NOT_RESUMABLE}")
+
+    def close(self) -> None:
+        """Closes the open tar file."""
+        self._texts.close()
+
+    def __enter__(self) -> ForeignStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _assemble(self, ids: np.ndarray) -> MicroBatch:
+        n, eod_id = self._seq_len, self.tokenizer.eod_id
+        while len(self._tokens) < len(ids) * n + 1:
+            encoded = self.tokenizer.encode(next(self._texts)).astype(np.int64)
+            self._tokens = np.concatenate((self._tokens, encoded, np.array([eod_id], np.int64)))
+        taken = self._tokens[: len(ids) * n + 1]
+        self._tokens = self._tokens[len(ids) * n :]
+        tokens = taken[:-1].reshape(len(ids), n)
+        doc_ids = np.cumsum(tokens == eod_id, axis=1)
+        doc_ids -= doc_ids[:, :1]
+        arrays = (tokens.copy(), taken[1:].reshape(len(ids), n).copy(), doc_ids, np.ones_like(tokens, bool), ids.copy())
+        return MicroBatch(*(torch.from_numpy(array) for array in arrays))
+
+    def _read_texts(self) -> Generator[str, None, None]:
+        """Yields this rank's texts, round and round."""
+        try:
+            import webdataset
+        except ImportError as error:
+            raise DataError('data.mode = "stream" needs the package webdataset; pip install webdataset') from error
+        number = 0
+        while True:
+            before = number
+            for sample in webdataset.WebDataset(self._files, shardshuffle=False, nodesplitter=lambda urls: urls):
+                text = _text_of(sample)
+                if text is None:
+                    self.n_left_out += 1
+                    continue
+                number += 1
+                if number % self._dp_size == self._dp_rank:
+                    yield text
+            if number == before:
+                raise DataError(f"{self._files[0]} and on: no sample has a member txt, or json with a field text")
+
+
+def foreign_files(path: str) -> list[str]:
+    """The tar files that data.path means in mode "stream", sorted: a folder's *.tar, a file, or a pattern.
+
+    Raises:
+        DataError: there are none.
+    """
+    pattern = str(Path(path) / "*.tar") if Path(path).is_dir() else path
+    files = sorted(name for name in glob.glob(pattern) if Path(name).is_file())
+    if not files:
+        raise DataError(
+            f'data.path = {path}: no tar file there; data.mode = "stream" wants a folder or pattern of them'
+        )
+    return files
+
+
+def foreign_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer of mode "stream": data.tokenizer, "bytes" or a tokenizer.json.
+
+    Raises:
+        DataError: the file is not a tokenizer.
+    """
+    return ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+
+
+def _text_of(sample: dict[str, Any]) -> str | None:
+    try:
+        if "txt" in sample:
+            return sample["txt"].decode("utf-8")
+        text = json.loads(sample["json"])["text"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return text if isinstance(text, str) else None

@@ -1,0 +1,156 @@
+"""The manifest of a dataset: what it was made of and what it holds. Its sha256 is the dataset's fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+DOCUMENTS = "documents.jsonl"
+PACK_RECORD = "pack.json"
+_FORMAT = "trimtab-dataset"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: its tar file, size, sha256, index file, the CRC-32C of the index's records, and counts."""
+
+    file: str
+    n_bytes: int
+    sha256: str
+    index: str
+    index_crc32c: int
+    n_documents: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split ("train" or "heldout"): counts (tokens include one end token a document; bytes are raw text)."""
+
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+    shards: tuple[ShardInfo, ...]
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One source: name, licence, what was taken and what was left out, by reason."""
+
+    name: str
+    licence: str
+    n_documents: int
+    n_bytes: int
+    skipped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset's contents.
+
+    Attributes:
+        tokenizer: specification it was packed with, for example "bpe:4096".
+        tokenizer_sha256: of the file tokenizer.json.
+        vocab_size, eod_id: of the tokenizer.
+        lossless: decoding the held-out (or, without any, the first) documents gave back their bytes.
+        dtype: "<u2" or "<u4", the stored tokens.
+        train, heldout: the two splits.
+        sources: what it was packed from.
+        n_duplicates: documents left out because an identical one was there.
+        documents_sha256: of the file documents.jsonl.
+        fingerprint: sha256 of the manifest file, not part of it.
+    """
+
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eod_id: int
+    lossless: bool
+    dtype: str
+    train: SplitInfo
+    heldout: SplitInfo
+    sources: tuple[SourceInfo, ...]
+    n_duplicates: int
+    documents_sha256: str
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical text: sorted keys, so that equal contents give equal fingerprints."""
+        content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Reads the manifest of a dataset's folder.
+
+    Raises:
+        DataError: the folder is missing, empty, not a dataset, or its manifest is damaged.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(
+            f"data.path = {folder}: no such folder; pack one with `trimtab data pack SOURCE --out {folder}`"
+        )
+    if not path.is_file():
+        what = "is not a packed dataset (it has no manifest.json)" if any(folder.iterdir()) else "is empty"
+        raise DataError(f"data.path = {folder}: {what}; pack one with `trimtab data pack SOURCE --out DIR`")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise DataError(f"{path}: is not the manifest of a dataset; pack the data again into another folder")
+        version = content.pop("version", None)
+        if version != _VERSION:
+            raise DataError(f"{path}: has format version {version}, this program reads {_VERSION}; pack the data again")
+        manifest = _from_json(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: is damaged ({error}); restore it from a copy or pack the data again") from error
+    if manifest.to_json() != text or _recorded_fingerprint(folder) not in ("", manifest.fingerprint):
+        raise DataError(f"{path}: was changed after packing; restore it from a copy or pack the data again")
+    return manifest
+
+
+def _recorded_fingerprint(folder: Path) -> str:
+    """The fingerprint that packing noted down beside the manifest; empty where the note is missing."""
+    try:
+        return str(json.loads((folder / PACK_RECORD).read_text(encoding="utf-8")).get("fingerprint", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _from_json(content: dict[str, Any]) -> Manifest:
+    for name in ("train", "heldout"):
+        shards = tuple(ShardInfo(**shard) for shard in content[name]["shards"])
+        content[name] = SplitInfo(**{**content[name], "shards": shards})
+    content["sources"] = tuple(SourceInfo(**source) for source in content["sources"])
+    return Manifest(**content)
+
+
+def read_documents(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of documents.jsonl: key, name, split, source, licence, bytes, tokens.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    path = folder / DOCUMENTS
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                yield json.loads(line)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); restore it from a copy or pack the data again") from error

@@ -1,0 +1,280 @@
+"""The stream: this rank's micro-batches of a step, read from the shards, the next step prefetched in the background."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from data import cursor as cursors
+from data.batches import Batches
+from data.cache import DocumentCache
+from data.dataset import Dataset
+from data.errors import DamagedSampleError, DataError
+from data.ledger import format_hash, hash_sequences, ledger_line
+from data.plan import Plan
+
+
+class MicroBatch(NamedTuple):
+    """What one rank feeds the model at once. B sequences of S tokens, CPU tensors unless moved.
+
+    Attributes:
+        tokens: (B, S) int64 inputs.
+        targets: (B, S) int64, the token that follows each input.
+        doc_ids: (B, S) int64, from 0 in each sequence, rising by one at each document's first place.
+        loss_mask: (B, S) bool, False where the position is padding and must not count.
+        sequence_ids: (B,) int64.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    doc_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    sequence_ids: torch.Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
+        """The same micro-batch on a device."""
+        return MicroBatch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+
+class Stream:
+    """Reads one rank's part of every global batch; `read` is a pure function of the step.
+
+    Args:
+        dataset: opened, stays the caller's to close.
+        plan: the order.
+        dp_rank, dp_size: this rank among the data-parallel ranks; dp_size divides plan.lanes and the batch per
+            micro-batch.
+        global_batch_size: sequences of a step over all ranks (a Batches for sizes that change or skipped ranges).
+        micro_batch_size: sequences that a rank feeds the model at once.
+        cache_mb, on_damage, damage_budget: as in DataConfig.
+        timeout_s: longest wait for one step's data.
+
+    Attributes:
+        wait_seconds: how long the last `read` waited for data; total_wait_seconds: all of them together.
+        quarantined: sequence id -> what was wrong, for the sequences that were masked.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        dp_rank: int,
+        dp_size: int,
+        global_batch_size: int | Batches,
+        micro_batch_size: int,
+        *,
+        cache_mb: int = 256,
+        on_damage: Literal["fail", "quarantine"] = "fail",
+        damage_budget: float = 1e-5,
+        timeout_s: float = 600.0,
+    ) -> None:
+        if plan.fingerprint != dataset.fingerprint:
+            raise DataError(f"the plan is not of {dataset.path}; make it with Plan.of(dataset, config)")
+        self._dataset, self._plan, self._dp_rank, self._dp_size = dataset, plan, dp_rank, dp_size
+        if isinstance(global_batch_size, int):
+            global_batch_size = Batches.constant(global_batch_size)
+        self._batches = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        problems = check_sizes(plan.lanes, dp_size, self._batches, micro_batch_size)
+        if not 0 <= dp_rank < dp_size:
+            problems.append(f"data-parallel rank {dp_rank} does not exist among {dp_size}")
+        if problems:
+            raise DataError("; ".join(problems))
+        self._cache = DocumentCache(dataset.train, cache_mb)
+        self._on_damage, self._damage_budget, self._timeout_s = on_damage, damage_budget, timeout_s
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="trimtab-data")
+        self._pending: tuple[int, Future[list[MicroBatch]]] | None = None
+        self._closed = threading.Event()
+        self._consumed: tuple[int, int] | None = None
+        self.wait_seconds = 0.0
+        self.total_wait_seconds = 0.0
+        self.quarantined: dict[int, str] = {}
+
+    @property
+    def batches(self) -> Batches:
+        """The sizes and places of the global batches."""
+        return self._batches
+
+    def read(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step, one for each gradient accumulation step.
+
+        Raises:
+            DamagedSampleError: a sample is damaged (policy "fail"); names shard, key and offset.
+            DataError: the quarantine's budget is spent, or the data did not come in time.
+        """
+        started = time.perf_counter()
+        pending, self._pending = self._pending, None
+        if pending is None or pending[0] != step:
+            if pending is not None:
+                pending[1].cancel()
+            pending = (step, self._executor.submit(self._assemble_step, step))
+        try:
+            micro_batches = pending[1].result(self._timeout_s)
+        except FutureTimeoutError as error:
+            raise DataError(
+                f"rank {self._dp_rank} waited {self._timeout_s:.0f} s for the data of step {step} in "
+                f"{self._dataset.path}; check that the storage answers"
+            ) from error
+        self._pending = (step + 1, self._executor.submit(self._assemble_step, step + 1))
+        self.wait_seconds = time.perf_counter() - started
+        self.total_wait_seconds += self.wait_seconds
+        ids = torch.cat([micro_batch.sequence_ids for micro_batch in micro_batches]).numpy()
+        self._consumed = (step, hash_sequences(ids))
+        return micro_batches
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step's first sequence."""
+        return self._plan.epoch_of(int(self._batches.numbers(step, 1)[0]))
+
+    def global_ids(self, step: int) -> np.ndarray:
+        """Sequence ids (G,) int64 of a step's global batch, the same on every rank."""
+        return self._plan.sequence_ids(self._batches.numbers(step))
+
+    def ledger_hash(self, step: int) -> str:
+        """What the sum of all ranks' `consumed_hash` must be, as 16 hex digits: computed from the plan."""
+        return format_hash(hash_sequences(self.global_ids(step)))
+
+    def consumed_hash(self, step: int) -> int:
+        """Hash of the sequences that the last `read` handed out on this rank, a signed 64-bit int to be summed over
+        the ranks (int64, wrapping).
+
+        Raises:
+            DataError: the last `read` was of another step.
+        """
+        if self._consumed is None or self._consumed[0] != step:
+            last = "nothing" if self._consumed is None else f"step {self._consumed[0]}"
+            raise DataError(f"step {step} was not the last one read ({last} was); ask right after reading it")
+        return self._consumed[1]
+
+    def ledger_line(self, step: int, consumed: int) -> dict[str, Any]:
+        """The line of ledger.jsonl for a step.
+
+        Args:
+            step: the step.
+            consumed: the sum of all ranks' `consumed_hash(step)`.
+        """
+        return ledger_line(
+            step,
+            self.epoch(step),
+            self._batches.numbers(step),
+            consumed,
+            self._plan.digest(),
+            self._batches.skip_ranges,
+        )
+
+    def cursor(self, next_step: int) -> dict[str, Any]:
+        """The cursor in front of a step, plain JSON values."""
+        return cursors.make_cursor(self._plan, self._batches, next_step)
+
+    def check_cursor(self, cursor: dict[str, Any]) -> int:
+        """Checks that a saved cursor continues this stream and returns its next step.
+
+        Raises:
+            DataError: another dataset, another order, or another batch size; names every difference.
+        """
+        cursors.check_cursor(cursor, self._plan)
+        step, number = int(cursor["next_step"]), int(cursor["next_sequence"])
+        here = int(self._batches.numbers(step, 1)[0])
+        if here != number:
+            raise DataError(
+                f"the data cursor continues at sequence {number} with step {step}, but this run's batch sizes put that "
+                f"step at sequence {here}; keep train.global_batch_size, or continue from the saved batches "
+                f"(data.cursor.batches_of) with `then(step, size)`"
+            )
+        return step
+
+    def close(self) -> None:
+        """Stops the background reading."""
+        self._closed.set()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _assemble_step(self, step: int) -> list[MicroBatch]:
+        ids = self.global_ids(step)[self._dp_rank :: self._dp_size]
+        return [
+            self._assemble(ids[start : start + self._micro_batch_size])
+            for start in range(0, len(ids), self._micro_batch_size)
+        ]
+
+    def _assemble(self, ids: np.ndarray) -> MicroBatch:
+        """Reads and lays out the sequences of one micro-batch."""
+        shape = (len(ids), self._plan.seq_len)
+        eod_id = self._dataset.manifest.eod_id
+        tokens, targets = np.full(shape, eod_id, np.int64), np.full(shape, eod_id, np.int64)
+        doc_ids, mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        for row, sequence in enumerate(ids.tolist()):
+            if self._closed.is_set():
+                raise DataError("the stream was closed while it was read")
+            try:
+                self._fill(sequence, tokens[row], targets[row], doc_ids[row], mask[row])
+            except DamagedSampleError as error:
+                if self._on_damage == "fail":
+                    raise
+                self._quarantine(sequence, error)
+                tokens[row], targets[row], doc_ids[row], mask[row] = eod_id, eod_id, 0, False
+        return MicroBatch(*(torch.from_numpy(array) for array in (tokens, targets, doc_ids, mask, ids.copy())))
+
+    def _fill(
+        self, sequence: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray
+    ) -> None:
+        """Lays out one sequence's pieces in rows (S,) that hold padding beforehand."""
+        at = 0
+        for number, piece in enumerate(self._plan.pieces(sequence)):
+            end = at + piece.stop - piece.start
+            context = piece.start - 1 if piece.start else 0
+            text = self._cache.tokens(piece.shard, piece.row, context, piece.stop)
+            if piece.start:
+                tokens[at:end] = text[:-1]
+                targets[at:end] = text[1:]
+            else:  # the end token, already there as padding, stands in front of a document's first token
+                tokens[at + 1 : end] = text[:-1]
+                targets[at:end] = text
+            if number:
+                doc_ids[at:] = number
+            at = end
+        mask[:at] = True
+
+    def _quarantine(self, sequence: int, error: DamagedSampleError) -> None:
+        self.quarantined[sequence] = str(error)
+        allowed = max(1, int(self._damage_budget * self._plan.n_sequences()))
+        if len(self.quarantined) > allowed:
+            raise DataError(
+                f"{len(self.quarantined)} damaged sequences exceed data.damage_budget = {self._damage_budget} "
+                f"({allowed} of {self._plan.n_sequences()} sequences); the last one: {error}"
+            ) from error
+
+
+def check_sizes(lanes: int, dp_size: int, batches: int | Batches, micro_batch_size: int) -> list[str]:
+    """Every violated rule among lanes, ranks and batch sizes, for use before anything is started.
+
+    Args:
+        lanes: data.lanes.
+        dp_size: data-parallel ranks.
+        batches: train.global_batch_size, or a Batches.
+        micro_batch_size: train.micro_batch_size.
+    """
+    found = []
+    if lanes % dp_size:
+        found.append(
+            f"data.lanes = {lanes} cannot be shared by {dp_size} data-parallel ranks; use a number of ranks that "
+            f"divides it, or data.lanes = {lanes * dp_size}"
+        )
+    sizes = (batches,) if isinstance(batches, int) else tuple(phase.size for phase in batches.phases)
+    for size in sizes:
+        if size % (dp_size * micro_batch_size):
+            found.append(
+                f"train.global_batch_size = {size} cannot be cut into micro-batches of {micro_batch_size} on {dp_size} "
+                f"data-parallel ranks; use a multiple of {dp_size * micro_batch_size}"
+            )
+    return found

@@ -1,0 +1,251 @@
+"""Tokenizers: raw bytes, a byte-level BPE trained on the corpus, or a given tokenizer.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from data.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_DOCUMENT = "<|endoftext|>"
+# Names that published tokenizers give their end-of-document token, in the order in which they are looked for.
+_KNOWN_ENDS = (
+    END_OF_DOCUMENT,
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|end_of_text|>",
+    "<|end_of_document|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[SEP]",
+)
+# Words with their leading space or punctuation mark, digits by up to three, runs of symbols, line ends, indentation.
+_SPLIT = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTES_FORMAT = "trimtab-bytes"
+
+
+class Tokenizer(Protocol):
+    """What packing, generation and evaluation need of a tokenizer.
+
+    Attributes: spec ("bytes", "bpe:4096" or the file's name), vocab_size, eod_id (the end-of-document token),
+    fingerprint (sha256 of the saved file, hex).
+    """
+
+    spec: str
+    vocab_size: int
+    eod_id: int
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
+
+    def to_json(self) -> str: ...
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte, and token 256 as the end of a document. Needs no package."""
+
+    def __init__(self) -> None:
+        self.spec = "bytes"
+        self.vocab_size = 257
+        self.eod_id = 256
+        self.fingerprint = _sha256(self.to_json())
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, (n,) uint32, without an end-of-document token."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; end-of-document tokens are left out, broken UTF-8 is replaced."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of token ids, end-of-document tokens left out."""
+        return bytes(int(token) for token in ids if token < 256)
+
+    def to_json(self) -> str:
+        """The file's content."""
+        return json.dumps({"format": _BYTES_FORMAT, "version": 1, "vocab_size": 257, "eod_id": 256}) + "\n"
+
+
+class HubTokenizer:
+    """A tokenizer of the Hugging Face `tokenizers` library.
+
+    A special token's name that occurs in a text is encoded as ordinary text, so that a document cannot contain an
+    end-of-document token by accident.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, spec: str, content: str, eod_token: str | None = None) -> None:
+        self._inner = inner
+        self._inner.encode_special_tokens = True
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        self._content = content
+        self.spec = spec
+        self.fingerprint = _sha256(content)
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eod_id = _find_end(vocabulary, spec, eod_token)
+        self._byte_of = {char: byte for byte, char in _byte_characters().items()} if _is_byte_level(content) else None
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, (n,) uint32, without an end-of-document token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of several texts, encoded by several threads."""
+        encoded = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(item.ids, dtype=np.uint32) for item in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; end-of-document tokens are left out, broken UTF-8 is replaced."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of token ids for a byte-level vocabulary (else the decoded text's), end tokens left out."""
+        kept = [int(token) for token in ids if token != self.eod_id]
+        if self._byte_of is None:
+            return self._inner.decode(kept, skip_special_tokens=False).encode("utf-8")
+        pieces = []
+        added = self._inner.get_added_tokens_decoder()
+        for token in kept:
+            text = self._inner.id_to_token(token)
+            if text is None:  # an id between the vocabulary and the model's padded table
+                continue
+            if token in added:
+                pieces.append(added[token].content.encode("utf-8"))
+            else:
+                pieces.append(bytes(self._byte_of[char] for char in text))
+        return b"".join(pieces)
+
+    def to_json(self) -> str:
+        """The file's content, a Hugging Face tokenizer.json."""
+        return self._content
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HubTokenizer:
+    """Trains a lossless byte-level BPE with one special token, the end of a document, at id 0.
+
+    Args:
+        texts: the texts to learn merges from; read once.
+        vocab_size: entries wanted, at least 257 (256 bytes and the special token); a small corpus may give fewer.
+    """
+    library = _library("a bpe:N tokenizer")
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+    inner = library.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return HubTokenizer(inner, f"bpe:{vocab_size}", inner.to_str(), END_OF_DOCUMENT)
+
+
+def load_tokenizer(path: str | Path, spec: str | None = None) -> Tokenizer:
+    """Loads a saved tokenizer: this project's bytes file or a Hugging Face tokenizer.json.
+
+    Raises:
+        DataError: the file is missing or not a tokenizer, or `tokenizers` is needed and not installed.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+        header = json.loads(content)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a tokenizer ({error}); give a tokenizer.json file") from error
+    if isinstance(header, dict) and header.get("format") == _BYTES_FORMAT:
+        tokenizer = ByteTokenizer()
+        if content != tokenizer.to_json():
+            raise DataError(f"{path}: is not the bytes tokenizer of this version; restore it or pack the data again")
+        return tokenizer
+    library = _library(f"the tokenizer {path}")
+    try:
+        inner = library.Tokenizer.from_str(content)
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise DataError(f"{path}: is not a Hugging Face tokenizer.json ({error})") from error
+    return HubTokenizer(inner, spec or path.name, content)
+
+
+def check_spec(spec: str) -> list[str]:
+    """Every violated rule of a tokenizer's specification: "bytes", "bpe:N" or the path of a tokenizer.json."""
+    if spec == "bytes":
+        return []
+    if spec.startswith("bpe:"):
+        size = spec[4:]
+        if not size.isdecimal() or int(size) < 257:
+            return [f"tokenizer {spec!r} needs a vocabulary of at least 257 entries; use for example bpe:4096"]
+        return []
+    if not Path(spec).is_file():
+        return [f"tokenizer {spec!r} is neither bytes, nor bpe:N, nor a file; use one of them"]
+    return []
+
+
+def _library(wanted_for: str) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError(
+            f"{wanted_for} needs the package tokenizers; install it (pip install tokenizers) or use the tokenizer bytes"
+        ) from error
+    return tokenizers
+
+
+def _find_end(vocabulary: dict[str, int], spec: str, wanted: str | None) -> int:
+    for token in (wanted,) if wanted else _KNOWN_ENDS:
+        if token in vocabulary:
+            return vocabulary[token]
+    raise DataError(
+        f"tokenizer {spec}: has none of the known end-of-document tokens ({', '.join(_KNOWN_ENDS)}); add one of them "
+        f"to its added_tokens"
+    )
+
+
+def _is_byte_level(content: str) -> bool:
+    """Whether a tokenizer.json maps every byte to one character and back (its decoder is ByteLevel)."""
+    decoder = json.loads(content).get("decoder") or {}
+    steps = decoder.get("decoders", [decoder])
+    return [step.get("type") for step in steps] == ["ByteLevel"]
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that a byte-level vocabulary writes for each byte.
+
+    Source: GPT-2's encoder (Radford et al. 2019): printable Latin-1 stands for itself, the rest follows from U+0100.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in table:
+            table[byte] = chr(0x100 + len(table) - len(printable))
+    return table
+
+
+def _sha256(content: str) -> str:
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()

@@ -1,0 +1,229 @@
+"""Verification: reads every byte of a dataset back and names each damaged file and each lost sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.crc32c import crc32c
+from data.errors import DataError
+from data.index import map_records, read_header
+from data.manifest import DOCUMENTS, TOKENIZER, Manifest, ShardInfo, read_documents, read_manifest
+from data.shards import TEXT_SUFFIX, TOKENS_SUFFIX, ShardReader
+from data.tarwalk import BLOCK, Break, Member, parse_header, walk
+
+_CHUNK = 4 << 20
+
+
+@dataclass(frozen=True)
+class LostSample:
+    """A sample that cannot be used as it was packed: its key, its document's name, and why."""
+
+    key: str
+    name: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One damaged file: its name inside the folder, what is wrong with it, and the samples that it loses."""
+
+    file: str
+    problem: str
+    lost: tuple[LostSample, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.file}: {self.problem}"]
+        lines += [f"  sample {sample.key} ({sample.name}): {sample.problem}" for sample in self.lost]
+        return "\n".join(lines)
+
+
+def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = None) -> list[Damage]:
+    """Checks a dataset's manifest, tokenizer, document list, indexes and shards; an empty list means that all is well.
+
+    Each shard is compared with its checksum in the manifest and walked member by member as a tar reader would; where
+    anything differs, each of its samples is checked on its own.
+
+    Args:
+        path: the dataset's folder.
+        progress: called as progress("verifying", bytes done, bytes in total).
+
+    Raises:
+        DataError: the folder is missing or empty; there is nothing to verify.
+    """
+    folder = Path(path)
+    try:
+        manifest = read_manifest(folder)
+    except DataError as error:
+        if not folder.is_dir() or not any(folder.glob("*.tar")):
+            raise
+        return [Damage("manifest.json", str(error))]
+    found: list[Damage] = []
+    if _sha256(folder / TOKENIZER) != manifest.tokenizer_sha256:
+        found.append(Damage(TOKENIZER, "is missing or not the tokenizer of the packing; token ids have no meaning"))
+    documents = _document_rows(folder, manifest, found)
+    splits = [("train", manifest.train), ("heldout", manifest.heldout)]
+    total = sum(shard.n_bytes for _, split in splits for shard in split.shards)
+    done = 0
+    for name, split in splits:
+        rows = iter(documents.get(name, []))
+        for shard in split.shards:
+            expected = [next(rows, ("?", "?")) for _ in range(shard.n_documents)]
+            found += _check_shard(folder, shard, expected, manifest, held_out=name == "heldout")
+            done += shard.n_bytes
+            if progress:
+                progress("verifying", done, total)
+    known = {file for _, split in splits for shard in split.shards for file in (shard.file, shard.index)}
+    for file in sorted([*folder.glob("*.tar"), *folder.glob("*.idx")]):
+        if file.name not in known:
+            found.append(Damage(file.name, "does not belong to the dataset (the manifest does not list it)"))
+    return found
+
+
+def _document_rows(folder: Path, manifest: Manifest, found: list[Damage]) -> dict[str, list[tuple[str, str]]]:
+    """(key, name) of every document by split, in shard order, from documents.jsonl as far as it is readable."""
+    rows: dict[str, list[tuple[str, str]]] = {"train": [], "heldout": []}
+    if _sha256(folder / DOCUMENTS) != manifest.documents_sha256:
+        found.append(Damage(DOCUMENTS, "is missing or changed; names and licences of documents are not reliable"))
+    try:
+        for row in read_documents(folder):
+            rows[row["split"]].append((row["key"], row["name"]))
+    except (DataError, KeyError, TypeError):
+        return {}  # reported above: a readable file with the right checksum has these fields
+    return rows
+
+
+def _check_shard(
+    folder: Path, shard: ShardInfo, expected: list[tuple[str, str]], manifest: Manifest, *, held_out: bool
+) -> Iterator[Damage]:
+    """Yields the damages of one shard and its index."""
+    records, index_problem = _read_index(folder, shard)
+    if index_problem:
+        yield Damage(shard.index, index_problem)
+    path = folder / shard.file
+    if not path.is_file():
+        yield Damage(shard.file, "is missing", tuple(LostSample(key, name, "missing") for key, name in expected))
+        return
+    problems = []
+    size = path.stat().st_size
+    if size != shard.n_bytes:
+        problems.append(f"has {size} bytes instead of {shard.n_bytes}")
+    elif _sha256(path) != shard.sha256:
+        problems.append("has another content than was packed (wrong sha256)")
+    reader = ShardReader(folder, [shard.file])
+    try:
+        members, broken = _members(reader, size)
+        problems += _surprises(members, expected, held_out)
+        if broken:
+            problems.append(f"at byte {broken.offset}: {broken.problem}")
+        if not problems:
+            return
+        if records is None:
+            lost = list(_lost_by_name(members, expected))
+        else:
+            lost = list(_lost_by_record(reader, records, expected, manifest, held_out))
+        yield Damage(shard.file, "; ".join(problems), tuple(lost))
+    finally:
+        reader.close()
+
+
+def _read_index(folder: Path, shard: ShardInfo) -> tuple[np.ndarray | None, str]:
+    """The index's records, or None and what is wrong with the index."""
+    try:
+        header = read_header(folder / shard.index)
+        if (header.shard_sha256, header.records_crc) != (shard.sha256, shard.index_crc32c):
+            return None, "is the index of another shard or packing (stale)"
+        return map_records(folder / shard.index, header), ""
+    except DataError as error:
+        return None, str(error).removeprefix(f"{folder / shard.index}: ")
+
+
+def _members(reader: ShardReader, size: int) -> tuple[list[Member], Break | None]:
+    """What a tar reader sees of a shard, and where it stops too early."""
+    if size == 0:
+        return [], Break(0, "the file is empty")
+    members: list[Member] = []
+    for item in walk(lambda offset, nbytes: reader.read(0, offset, nbytes), size):
+        if isinstance(item, Break):
+            return members, item
+        members.append(item)
+    return members, None
+
+
+def _surprises(members: list[Member], expected: list[tuple[str, str]], held_out: bool) -> Iterator[str]:
+    """Members that do not belong there: repeated names, names that are not of this shard, missing samples."""
+    suffixes = (TOKENS_SUFFIX, TEXT_SUFFIX) if held_out else (TOKENS_SUFFIX,)
+    wanted = {key + suffix for key, _ in expected for suffix in suffixes}
+    counts = Counter(member.name for member in members)
+    for name, count in counts.items():
+        if count > 1:
+            yield f"holds the member {name} {count} times"
+        if name not in wanted and "?" + TOKENS_SUFFIX not in wanted:
+            unsafe = " (its name leads out of the folder, never extract it)" if _leads_out(name) else ""
+            yield f"holds a member {name!r} that was not packed{unsafe}"
+    if not members and expected:
+        yield "holds no sample that a tar reader can see"
+
+
+def _leads_out(name: str) -> bool:
+    return name.startswith("/") or ".." in name.split("/")
+
+
+def _lost_by_record(
+    reader: ShardReader, records: np.ndarray, expected: list[tuple[str, str]], manifest: Manifest, held_out: bool
+) -> Iterator[LostSample]:
+    """Checks each sample at the place that the index gives it."""
+    for record, (key, name) in zip(records, expected, strict=True):
+        offset, nbytes = int(record["offset"]), int(record["nbytes"])
+        raw = reader.read(0, offset, nbytes)
+        header = parse_header(reader.read(0, offset - BLOCK, BLOCK))
+        tokens = np.frombuffer(raw[: len(raw) // 4 * 4], manifest.dtype)
+        text_at = offset + nbytes + -nbytes % BLOCK
+        if len(raw) < nbytes:
+            problem = f"cut off, {len(raw)} of {nbytes} bytes are left"
+        elif crc32c(raw) != int(record["crc32c"]):
+            problem = f"wrong checksum at bytes {offset} to {offset + nbytes}"
+        elif len(tokens) and int(tokens.max()) >= manifest.vocab_size:
+            problem = f"token {int(tokens.max())} is outside the vocabulary of {manifest.vocab_size}"
+        elif isinstance(header, str):
+            problem = f"{header}; the index still reads it, tar readers lose it and all samples behind it"
+        elif header.name != key + TOKENS_SUFFIX:
+            problem = f"its tar header names it {header.name!r}; the index still reads it, tar readers do not"
+        elif held_out and (problem := _text_problem(reader, text_at, key)):
+            pass
+        else:
+            continue
+        yield LostSample(key, name, problem)
+
+
+def _text_problem(reader: ShardReader, at: int, key: str) -> str:
+    """What is wrong with a held-out sample's raw text, empty if nothing shows."""
+    header = parse_header(reader.read(0, at, BLOCK))
+    if isinstance(header, str) or header.name != key + TEXT_SUFFIX:
+        return "its raw text is lost"
+    return "" if len(reader.read(0, at + BLOCK, header.size)) == header.size else "its raw text is cut off"
+
+
+def _lost_by_name(members: list[Member], expected: list[tuple[str, str]]) -> Iterator[LostSample]:
+    """Without an index: the samples whose members a tar reader does not reach; contents cannot be judged."""
+    seen = {member.name for member in members}
+    for key, name in expected:
+        if key + TOKENS_SUFFIX not in seen:
+            yield LostSample(key, name, "not found in the shard, and there is no index to look further")
+
+
+def _sha256(path: Path) -> str:
+    """sha256 of a file, empty where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError:
+        return ""
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""CRC-32C against published vectors and a bit-by-bit reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.crc32c import crc32c
+
+
+def bit_by_bit(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [  # RFC 3720, appendix B.4, and the usual check value
+        (b"123456789", 0xE3069283),
+        (b"", 0),
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (bytes(range(31, -1, -1)), 0x113FDB5C),
+    ],
+)
+def test_published_vectors(data: bytes, expected: int) -> None:
+    assert crc32c(data) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(0, 2000), cut=st.integers(0, 2000), seed=st.integers(0, 2**32 - 1))
+def test_equals_bit_by_bit_and_goes_on(length: int, cut: int, seed: int) -> None:
+    data = np.random.default_rng(seed).bytes(length)
+    expected = bit_by_bit(data)
+    assert crc32c(data) == expected
+    assert crc32c(data[cut:], crc32c(data[:cut])) == expected
+
+
+def test_crosses_the_chunk_border() -> None:
+    data = np.random.default_rng(0).bytes((1 << 20) + 777)
+    halves = crc32c(data[1000:], crc32c(data[:1000]))
+    assert crc32c(data) == halves
+    assert crc32c(data[: (1 << 20) - 1] + data[(1 << 20) - 1 :]) == halves
+
+
+def test_takes_arrays_by_their_bytes() -> None:
+    tokens = np.arange(1000, dtype="<u2")
+    assert crc32c(tokens) == crc32c(tokens.tobytes()) == crc32c(memoryview(tokens.tobytes()))
+    assert crc32c(tokens[::2]) == crc32c(tokens[::2].tobytes())
