@@ -1,0 +1,1 @@
+"""Ranks and what passes between them: layout, all-to-all, balance of experts, ZeRO, checkpoints."""

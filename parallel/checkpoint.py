@@ -1,0 +1,306 @@
+"""Checkpoints by logical name: saved in slices by every rank, readable at any layout.
+
+A checkpoint is a folder `step-00000100` with
+
+    rank-00000.safetensors ...   each rank's share: weights (fp32 masters) and both moments, as flat runs
+    manifest.json                every file with size and checksum, every tensor with shape and the runs that make it up
+    COMMIT                       the manifest's checksum; written last, and without it the folder is not a checkpoint
+
+Everything is written under a temporary name, flushed, acknowledged by all ranks, then renamed. No pickle anywhere.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.naming import pieces
+from parallel.communicator import Communicator
+from parallel.engine import Engine, StateShard
+from parallel.safetensors_file import SafetensorsReader, sha256, write
+
+FORMAT = "trimtab-checkpoint-1"
+_STEP = re.compile(r"step-(\d{8})$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint's manifest says, besides its tensors."""
+
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` optimizer steps."""
+    return root / f"step-{step:08d}"
+
+
+def committed(root: Path) -> list[Path]:
+    """Every folder under `root` that was published, oldest step first. Order is by step, never by file time."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if _STEP.search(path.name) and (path / "COMMIT").is_file()]
+    return sorted(found, key=lambda path: path.name)
+
+
+def save(
+    root: Path,
+    step: int,
+    engine: Engine,
+    biases: dict[str, Tensor],
+    extra: dict[str, Any],
+    communicator: Communicator,
+    ep_rank: int,
+) -> Path:
+    """Writes and publishes one checkpoint; collective over all ranks.
+
+    Args:
+        root: the folder of checkpoints, on storage that every rank sees.
+        step: optimizer steps done.
+        engine: whose state is saved.
+        biases: routing bias by logical name, the same on every rank.
+        extra: JSON-able: data cursor, configuration, random state ...; rank 0's is stored.
+        communicator: all ranks.
+        ep_rank: this rank's place among the holders of experts.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        CheckpointError: on every rank when any rank could not write; what was published before is untouched.
+    """
+    final = step_folder(root, step)
+    draft = root / f".{final.name}.tmp"
+    if communicator.rank == 0:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    communicator.barrier()
+    file_name = f"rank-{communicator.rank:05d}.safetensors"
+    report: dict[str, Any] = {"file": file_name, "error": "", "runs": []}
+    try:
+        tensors = []
+        for shard in engine.state_shards():
+            for name, shape, start, values in _logical_runs(shard, ep_rank):
+                key = f"{name}/{shard.kind}@{start}"
+                tensors.append((key, values))
+                report["runs"].append([name, list(shape), shard.kind, start, values.numel()])
+        if communicator.rank == 0:
+            for name, bias in biases.items():
+                tensors.append((f"{name}/weight@0", bias))
+                report["runs"].append([name, list(bias.shape), "weight", 0, bias.numel()])
+        report |= write(draft / file_name, tensors)
+    except OSError as error:
+        report["error"] = f"rank {communicator.rank} could not write {draft / file_name}: {error}"
+    reports = communicator.gather(report)
+    _raise_together(reports, draft, communicator)
+    outcome = {"error": ""}
+    if communicator.rank == 0:
+        try:
+            _publish(draft, final, _manifest(step, reports, extra))
+        except OSError as error:
+            outcome["error"] = f"rank 0 could not publish {final}: {error}"
+    _raise_together(communicator.gather(outcome), draft, communicator)
+    return final
+
+
+def _raise_together(reports: list[dict[str, Any]], draft: Path, communicator: Communicator) -> None:
+    errors = [report["error"] for report in reports if report["error"]]
+    if errors:
+        if communicator.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError("; ".join(errors) + "; nothing was published, earlier checkpoints are as they were")
+
+
+def _logical_runs(shard: StateShard, ep_rank: int) -> list[tuple[str, tuple[int, ...], int, Tensor]]:
+    """Cuts a shard at the borders of logical tensors: (logical name, shape, start in that tensor, values)."""
+    stop = shard.start + shard.values.numel()
+    runs = []
+    for piece in pieces(shard.parameter, shard.shape, ep_rank):
+        first, last = max(shard.start, piece.start), min(stop, piece.start + piece.numel)
+        if first < last:
+            values = shard.values[first - shard.start : last - shard.start]
+            runs.append((piece.logical_name, tuple(piece.shape), first - piece.start, values))
+    return runs
+
+
+def _manifest(step: int, reports: list[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for report in reports:
+        for name, shape, kind, start, numel in report["runs"]:
+            entry = tensors.setdefault(name, {"shape": shape, "dtype": "F32", "runs": {}})
+            entry["runs"].setdefault(kind, []).append([report["file"], start, numel])
+    for entry in tensors.values():
+        for runs in entry["runs"].values():
+            runs.sort(key=lambda run: run[1])
+    files = {report["file"]: {"size": report["size"], "sha256": report["sha256"]} for report in reports}
+    return {"format": FORMAT, "step": step, **extra, "files": files, "tensors": dict(sorted(tensors.items()))}
+
+
+def _publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1).encode()
+    _write_flushed(draft / "manifest.json", text)
+    _flush_folder(draft)
+    _write_flushed(draft / "COMMIT", hashlib.sha256(text).hexdigest().encode())
+    _flush_folder(draft)
+    if final.exists():  # the same step again, after a rollback: the new one replaces the old in two renames
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        draft.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        draft.rename(final)
+    _flush_folder(final.parent)
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_checkpoint(path: Path) -> Saved:
+    """Reads and checks a checkpoint's manifest; tensors are not touched.
+
+    Raises:
+        CheckpointError: not committed, manifest damaged, or of another format.
+    """
+    try:
+        text = (path / "manifest.json").read_bytes()
+        commit = (path / "COMMIT").read_text().strip()
+    except OSError as error:
+        raise CheckpointError(f"{path} is not a committed checkpoint: {error}") from error
+    if hashlib.sha256(text).hexdigest() != commit:
+        raise CheckpointError(f"{path / 'manifest.json'} does not match COMMIT: it was changed after it was written")
+    manifest = json.loads(text)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads {FORMAT!r}")
+    return Saved(path, manifest["step"], manifest)
+
+
+def damaged_files(saved: Saved, share: int = 0, shares: int = 1) -> list[str]:
+    """Names the files whose size or checksum is not the manifest's, as sentences.
+
+    share, shares: look at every `shares`-th file only, so that ranks can divide the work.
+    """
+    wrong = []
+    for name, entry in sorted(saved.manifest["files"].items())[share::shares]:
+        path = saved.path / name
+        if not path.is_file():
+            wrong.append(f"{path} is missing")
+        elif path.stat().st_size != entry["size"]:
+            wrong.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
+        elif sha256(path) != entry["sha256"]:
+            wrong.append(f"{path} does not match its checksum: its bytes were changed")
+    return wrong
+
+
+class CheckpointReader:
+    """Gives any run of any logical tensor of a checkpoint.
+
+    Args:
+        saved: from `open_checkpoint`.
+    """
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved = saved
+        self._files: dict[str, SafetensorsReader] = {}
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened logical tensor, fp32.
+
+        Raises:
+            CheckpointError: the tensor, or a part of it, is not in the checkpoint.
+        """
+        entry = self.saved.manifest["tensors"].get(name)
+        if entry is None or kind not in entry["runs"]:
+            raise CheckpointError(f"{self.saved.path} has no {kind} of {name}: it was saved from another model")
+        runs = entry["runs"][kind]
+        parts, position = [], start
+        at = max(0, bisect_right([run[1] for run in runs], start) - 1)
+        for file, first, numel in runs[at:]:
+            if position >= stop or first > position:
+                break
+            last = min(stop, first + numel)
+            if last > position:
+                reader = self._files.setdefault(file, SafetensorsReader(self.saved.path / file))
+                parts.append(reader.flat_slice(f"{name}/{kind}@{first}", position - first, last - first))
+                position = last
+        if position < stop:
+            raise CheckpointError(f"{self.saved.path} lacks elements {position} to {stop} of {name} ({kind})")
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def shard(self, shard: StateShard, ep_rank: int) -> Tensor:
+        """The values of one local run, put together from the logical tensors that it covers."""
+        stop = shard.start + shard.values.numel()
+        parts = []
+        for piece in pieces(shard.parameter, shard.shape, ep_rank):
+            first, last = max(shard.start, piece.start), min(stop, piece.start + piece.numel)
+            if first < last:
+                self._check_shape(piece.logical_name, tuple(piece.shape))
+                parts.append(self.read(piece.logical_name, shard.kind, first - piece.start, last - piece.start))
+        return torch.cat(parts)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        entry = self.saved.manifest["tensors"].get(name)
+        if entry is not None and tuple(entry["shape"]) != shape:
+            raise CheckpointError(
+                f"{self.saved.path}: {name} has shape {entry['shape']}, the model wants {list(shape)}; "
+                "the configuration's [model] section is not the one that was saved"
+            )
+
+
+def load(
+    saved: Saved, engine: Engine, biases: dict[str, Tensor], communicator: Communicator, ep_rank: int
+) -> dict[str, Any]:
+    """Fills engine and biases from a checkpoint of any layout; collective over all ranks.
+
+    Returns:
+        The manifest (with the data cursor, random state and whatever else was stored).
+
+    Raises:
+        CheckpointError: on every rank when any rank found a damaged or missing file.
+    """
+    wrong = damaged_files(saved, communicator.rank, communicator.size)
+    everywhere = [line for lines in communicator.gather(wrong) for line in lines]
+    if everywhere:
+        raise CheckpointError("; ".join(everywhere))
+    reader = CheckpointReader(saved)
+    engine.load_state(lambda shard: reader.shard(shard, ep_rank), int(saved.manifest["optimizer_steps"]))
+    for name, bias in biases.items():
+        bias.copy_(reader.read(name, "weight", 0, bias.numel()).view_as(bias))
+    return saved.manifest
+
+
+def prune(root: Path, keep: int) -> list[Path]:
+    """Deletes all but the newest `keep` committed checkpoints, and drafts that a dead run left; returns what went."""
+    for draft in root.glob(".step-*"):
+        shutil.rmtree(draft, ignore_errors=True)
+    gone = committed(root)[:-keep] if keep > 0 else []
+    for path in gone:
+        (path / "COMMIT").unlink()  # first make it not a checkpoint, then remove it: never half a published one
+        shutil.rmtree(path)
+    return gone

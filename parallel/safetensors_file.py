@@ -1,0 +1,115 @@
+"""The safetensors file format, written in one pass with its checksum and read by slices through a memory map.
+
+The `safetensors` package reads these files, and this module reads those of the package. It exists because debug mode
+runs with torch and numpy alone, because the checksum is taken while writing, and because a slice of a flat tensor can
+be read without touching the rest. Format: an 8-byte little-endian header length, a JSON header, the raw data.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """Writes tensors to a new file and flushes it to the disk.
+
+    Args:
+        path: the file; must not exist.
+        tensors: (key, tensor) pairs; keys must differ.
+
+    Returns:
+        {"size": bytes, "sha256": hex digest of the whole file}.
+
+    Raises:
+        OSError: the disk is full, the path exists, or cannot be written.
+    """
+    entries, offset, listed = {}, 0, list(tensors)
+    for key, tensor in listed:
+        if key in entries:
+            raise ValueError(f"two tensors are called {key!r} in {path.name}")
+        length = tensor.numel() * tensor.element_size()
+        entries[key] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + length],
+        }
+        offset += length
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        for chunk in _chunks(header, listed):
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _chunks(header: bytes, listed: list[tuple[str, Tensor]]) -> Iterable[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for _, tensor in listed:
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        if flat.numel():
+            yield flat.view(torch.uint8).numpy().data
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class SafetensorsReader:
+    """A memory-mapped file; nothing is read until a slice is asked for.
+
+    Raises:
+        ValueError: when the file is not a safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"{path} is not a safetensors file: its header would be longer than the file")
+            try:
+                self.entries: dict[str, Any] = json.loads(file.read(length))
+            except ValueError as error:
+                raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
+        self.entries.pop("__metadata__", None)
+        self._data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length) if size > 8 + length else np.empty(0)
+
+    def flat_slice(self, key: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor `key`, as a new 1-D tensor.
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        entry = self.entries[key]
+        dtype = _DTYPES[entry["dtype"]]
+        width = torch.empty((), dtype=dtype).element_size()
+        first = entry["data_offsets"][0]
+        raw = np.array(self._data[first + start * width : first + stop * width], dtype=np.uint8)
+        return torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)

@@ -1,0 +1,33 @@
+"""Learning rate by step and parameter groups: pure functions."""
+
+import math
+
+from torch import nn
+
+from parallel.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (0-based) of `total_steps`.
+
+    Linear warm-up from lr / warmup_steps, then the chosen schedule; see `OptimizerConfig`.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    floor = config.lr * config.min_lr_ratio
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if config.schedule == "wsd":
+        decay_steps = max(1, round(total_steps * config.decay_fraction))
+        remaining = total_steps - step
+        return config.lr if remaining >= decay_steps else floor + (config.lr - floor) * remaining / decay_steps
+    return config.lr
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to the vectors of norms.
+
+    `ds_shape` is a parameter's whole shape where ZeRO stage 3 has already cut it up.
+    """
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
