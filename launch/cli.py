@@ -1,0 +1,250 @@
+"""The command line: reads arguments, hands over to one function a command, turns errors into exit statuses.
+
+Exit status: 0 done; 2 bad input (nothing started); 75 stopped on request with a committed checkpoint; 1 anything else.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
+from data.errors import DataError
+from launch.config import LAUNCHERS, ConfigError, dump, preset_names, read
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command; returns the process's exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run_command(options)
+    except ConfigError as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except DataError as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("trimtab: interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except BrokenPipeError:
+        return EXIT_FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command with its options and an example."""
+    parser = argparse.ArgumentParser(
+        prog="trimtab",
+        description="Train DeepSeek-V3-shaped mixture-of-experts language models across nodes.",
+        epilog="example: trimtab train debug train.steps=50 --launcher local",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], int], help_text: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help_text, description=help_text, epilog=f"example: trimtab {example}")
+        made.set_defaults(run_command=run)
+        return made
+
+    train = command("train", _train, "Train a model.", "train debug train.steps=50 --launcher local --run runs/try")
+    _run_options(train)
+    train.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the ranks (default: local)")
+    train.add_argument("--print-config", action="store_true", help="print the resolved configuration as TOML and stop")
+
+    submit = command(
+        "submit", _submit, "Train through `ray job submit`, following the log.",
+        "submit debug --address http://127.0.0.1:8265",
+    )  # fmt: skip
+    _run_options(submit)
+    submit.add_argument(
+        "--address",
+        help="dashboard of a running Ray cluster; without it a local one is started, and stopped at the end",
+    )
+
+    generate = command(
+        "generate", _generate, "Complete a text with a run's newest checkpoint.", "generate runs/debug --prompt 'def '"
+    )
+    generate.add_argument("run", type=Path, help="the run's folder")
+    generate.add_argument("--prompt", default="", help="the text to complete")
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    generate.add_argument("--seed", type=int, default=0)
+
+    report = command("report", _report, "Render a run's report.md from its files.", "report runs/debug")
+    report.add_argument("run", type=Path)
+    report.add_argument("--json", action="store_true", help="print the run's figures as one JSON object")
+
+    compare = command(
+        "compare", _compare, "Put the figures of several runs side by side.", "compare runs/debug runs/debug-no-bias"
+    )
+    compare.add_argument("runs", type=Path, nargs="+")
+    compare.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+
+    checkpoint = commands.add_parser("checkpoint", help="Check a run's checkpoints.")
+    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
+    verify = actions.add_parser(
+        "verify", help="read every byte back", epilog="example: trimtab checkpoint verify runs/debug"
+    )
+    verify.add_argument("run", type=Path)
+    verify.set_defaults(run_command=_checkpoint_verify)
+
+    from launch.data_commands import add_data_commands
+
+    add_data_commands(commands)
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    presets = ", ".join(preset_names())
+    parser.add_argument("config", metavar="CONFIG", help=f"a preset ({presets}) or a TOML file")
+    parser.add_argument("assignments", nargs="*", metavar="key.path=value", help="override single keys")
+    parser.add_argument("--run", help="the run's folder (default: runs/NAME of CONFIG)")
+    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto")
+    parser.add_argument(
+        "--accept-change", action="append", default=[], metavar="KEY", help="resume although this key has changed"
+    )
+    parser.add_argument("--no-summary", action="store_true", help="do not evaluate and summarise at the end")
+
+
+def _train(options: Any) -> int:
+    if options.print_config:
+        problems: list[str] = []
+        config = read(options.config, options.assignments, problems)
+        problems += config.problems()
+        if problems:
+            raise ConfigError(problems)
+        print(dump(config), end="")
+        return EXIT_OK
+    from launch import preflight
+
+    mpi_size = None
+    if options.launcher == "mpi":
+        from cluster import mpi
+
+        try:
+            mpi_size = mpi.world_size()
+        except mpi.MpiError as error:
+            raise ConfigError([str(error)]) from error
+    try:
+        plan = preflight.check(
+            options.config, options.assignments, run=options.run, launcher=options.launcher, resume=options.resume,
+            accepted=options.accept_change, mpi_size=mpi_size,
+        )  # fmt: skip
+    except ConfigError:
+        from launch.start import is_first
+
+        if is_first(options.launcher):
+            raise
+        return EXIT_BAD_INPUT
+    from launch.start import is_first, report_end, say, start
+
+    result = start(plan, cause=f"trimtab train {options.config}")
+    if not is_first(plan.launcher):
+        return result.exit_code
+    status = report_end(plan, result)
+    if status == EXIT_OK and not options.no_summary:
+        _summarize(plan, say)
+    return status
+
+
+SUMMARY_LIMIT = 200_000_000  # parameters: above this one process should not load the model unasked
+
+
+def _summarize(plan: Any, say: Callable[[str], None]) -> None:
+    from model.count import count_parameters
+
+    total = count_parameters(plan.config.model).total
+    if total > SUMMARY_LIMIT:
+        from launch.report import write_report
+
+        say(f"report: {write_report(plan.run)} (no evaluation in one process: the model has {total:,} parameters)")
+        return
+    from launch.summary import summarize_run
+
+    summarize_run(plan.run, say)
+
+
+def _submit(options: Any) -> int:
+    from launch.submit import submit
+
+    return submit(options)
+
+
+def _generate(options: Any) -> int:
+    import torch
+
+    from launch.load import load_run
+    from model.generate import generate
+
+    if options.temperature < 0 or options.max_new_tokens < 1:
+        raise ConfigError(["--temperature must not be negative, and --max-new-tokens at least 1"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_run(options.run, device)
+    eod_id = loaded.dataset.manifest.eod_id
+    tokenizer = loaded.dataset.tokenizer
+    prompt = [eod_id, *tokenizer.encode(options.prompt).tolist()]
+    sys.stdout.write(options.prompt)
+    new: list[int] = []
+    shown = ""
+    for token in generate(
+        loaded.model, prompt, options.max_new_tokens, options.temperature, options.seed, eod_id,
+        loaded.config.data.seq_len,
+    ):  # fmt: skip
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    print()
+    return EXIT_OK
+
+
+def _report(options: Any) -> int:
+    from launch.report import summarize, write_report
+
+    _require_run(options.run)
+    if options.json:
+        print(json.dumps(summarize(options.run)))
+    else:
+        print(write_report(options.run))
+    return EXIT_OK
+
+
+def _compare(options: Any) -> int:
+    from launch.compare import compare
+
+    for run in options.runs:
+        _require_run(run)
+    table, figures = compare(options.runs)
+    print(table)
+    if options.json:
+        print(json.dumps(figures))
+    return EXIT_OK
+
+
+def _checkpoint_verify(options: Any) -> int:
+    from launch.load import committed_checkpoints
+    from parallel.checkpoint import CheckpointError, damaged_files, open_checkpoint
+
+    _require_run(options.run)
+    status = EXIT_OK
+    for path in committed_checkpoints(options.run):
+        try:
+            saved = open_checkpoint(path)
+            wrong = damaged_files(saved)
+        except CheckpointError as error:
+            wrong = [str(error)]
+        for line in wrong:
+            print(line)
+            status = EXIT_FAILED
+        if not wrong:
+            files, tensors = len(saved.manifest["files"]), len(saved.manifest["tensors"])
+            print(f"{path}: {files} files, {tensors} tensors, all as written")
+    return status
+
+
+def _require_run(path: Path) -> None:
+    if not (path / "config.toml").is_file():
+        raise ConfigError([f"{path} is not a run: it has no config.toml; give the folder of a run, such as runs/debug"])

@@ -1,0 +1,241 @@
+"""The one configuration: every room's section, read from TOML, checked as a whole before anything starts."""
+
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.config import ClusterConfig
+from data.config import DataConfig
+from launch.schema import override, parse, to_toml
+from model.config import ModelConfig
+from parallel.config import BalanceConfig, OptimizerConfig, ParallelConfig
+from parallel.layout import divisors
+
+Launcher = Literal["debug", "local", "ray", "mpi"]
+LAUNCHERS: tuple[Launcher, ...] = ("debug", "local", "ray", "mpi")
+PRESETS = Path(__file__).resolve().parent / "presets"
+
+
+class ConfigError(ValueError):
+    """One or more problems with the configuration; `problems` holds a sentence for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count} with the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The length and shape of training.
+
+    steps: optimizer steps in all. global_batch_size: sequences per optimizer step over all ranks.
+    micro_batch_size: sequences per rank and forward. seed: of the weights' start values.
+    mtp_loss_weight: weight of the mean multi-token-prediction loss (DeepSeek-V3: 0.3, later 0.1).
+    finite_checks: check every tensor that crosses a layer and name the first that is not finite (slow; for debugging).
+    """
+
+    steps: int = 200
+    global_batch_size: int = 16
+    micro_batch_size: int = 8
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    mtp_loss_weight: float = 0.3
+    finite_checks: bool = False
+
+    def problems(self) -> list[str]:
+        """Returns every broken rule of this section, each starting with its dotted key."""
+        found = []
+        for key in ("steps", "global_batch_size", "micro_batch_size"):
+            if getattr(self, key) < 1:
+                found.append(f"train.{key} = {getattr(self, key)} must be at least 1")
+        if self.mtp_loss_weight < 0:
+            found.append(f"train.mtp_loss_weight = {self.mtp_loss_weight} must not be negative; 0 switches it off")
+        return found
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved: every `every_steps` optimizer steps and at the end; the newest `keep` stay (0 = all).
+
+    dir: where; empty means `checkpoints` in the run's folder.
+    """
+
+    every_steps: int = 100
+    keep: int = 2
+    dir: str = ""
+
+    def problems(self) -> list[str]:
+        """Returns every broken rule of this section, each starting with its dotted key."""
+        found = []
+        if self.every_steps < 1:
+            found.append(f"checkpoint.every_steps = {self.every_steps} must be at least 1")
+        if self.keep < 0:
+            found.append(f"checkpoint.keep = {self.keep} must not be negative; 0 keeps all")
+        return found
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """What is shown: heat maps every `heatmap_every_steps` steps; `console` is auto, plain lines, live bar or off."""
+
+    heatmap_every_steps: int = 20
+    console: Literal["auto", "live", "plain", "off"] = "auto"
+
+    def problems(self) -> list[str]:
+        """Returns every broken rule of this section, each starting with its dotted key."""
+        if self.heatmap_every_steps < 1:
+            return [f"telemetry.heatmap_every_steps = {self.heatmap_every_steps} must be at least 1"]
+        return []
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made from."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    def problems(self) -> list[str]:
+        """Every broken rule inside the sections."""
+        sections = (
+            self.model, self.data, self.parallel, self.optimizer, self.train, self.balance, self.cluster,
+            self.checkpoint, self.telemetry,
+        )  # fmt: skip
+        return [problem for section in sections for problem in section.problems()]
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-steps per optimizer step at a world size that `layout_problems` accepts."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+
+
+def preset_names() -> list[str]:
+    """The names of the presets, sorted."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read(source: str, assignments: list[str], problems: list[str]) -> Config:
+    """Reads a preset or a TOML file and applies the command line's assignments.
+
+    Args:
+        source: a preset's name or the path of a TOML file; a file may start from a preset with `preset = "NAME"`.
+        assignments: `key.path=value` each.
+        problems: everything wrong with keys and types is appended here.
+
+    Raises:
+        ConfigError: the source itself cannot be read.
+    """
+    data = _tables(source)
+    for assignment in assignments:
+        try:
+            override(data, assignment)
+        except ValueError as error:
+            problems.append(str(error))
+    return parse(Config, data, "", problems)
+
+
+def _tables(source: str) -> dict[str, Any]:
+    path = PRESETS / f"{source}.toml"
+    if not path.is_file():
+        path = Path(source)
+    if not path.is_file():
+        raise ConfigError(
+            [f"CONFIG = {source!r} is neither a preset ({', '.join(preset_names())}) nor a file; give one of them"]
+        )
+    try:
+        data = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} is not TOML: {error}"]) from error
+    base = data.pop("preset", None)
+    if base is None:
+        return data
+    merged = _tables(str(base))
+    for section, table in data.items():
+        if isinstance(table, dict):
+            merged.setdefault(section, {}).update(table)
+        else:
+            merged[section] = table
+    return merged
+
+
+def from_tables(data: dict[str, Any]) -> Config:
+    """A configuration from nested tables that were resolved before; raises ConfigError if anything is unknown."""
+    problems: list[str] = []
+    config = parse(Config, data, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The whole resolved configuration as TOML."""
+    return to_toml(config)
+
+
+def world_size_for(config: Config, launcher: Launcher, mpi_size: int | None = None) -> int:
+    """How many ranks a launcher will start."""
+    if launcher == "debug":
+        return config.parallel.virtual_ranks
+    return mpi_size if launcher == "mpi" and mpi_size else config.cluster.workers
+
+
+def for_debug(config: Config) -> Config:
+    """The same run in one process: without virtual ranks to spread them over, that process holds all experts."""
+    if config.parallel.virtual_ranks == 1 and config.parallel.ep_size != 1:
+        return replace(config, parallel=replace(config.parallel, ep_size=1))
+    return config
+
+
+def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list[str]:
+    """Every rule that ties sections together for a world of `world_size` ranks."""
+    model, parallel, train, data = config.model, config.parallel, config.train, config.data
+    found = []
+    if parallel.ep_size >= 1 and model.n_routed_experts % parallel.ep_size:
+        found.append(
+            f"model.n_routed_experts = {model.n_routed_experts} cannot be split over parallel.ep_size = "
+            f"{parallel.ep_size}; use an ep_size among {_some(divisors(model.n_routed_experts))}"
+        )
+    if parallel.ep_size >= 1 and world_size % parallel.ep_size:
+        key = {"debug": "parallel.virtual_ranks", "mpi": "the MPI world"}.get(launcher, "cluster.workers")
+        found.append(
+            f"{key} = {world_size} ranks cannot be cut into groups of parallel.ep_size = {parallel.ep_size}; "
+            f"use an ep_size among {_some(divisors(world_size))}, or a multiple of {parallel.ep_size} ranks"
+        )
+    if parallel.virtual_ranks > 1 and launcher != "debug":
+        found.append(
+            f"parallel.virtual_ranks = {parallel.virtual_ranks} are threads of one process, for --launcher debug; "
+            f"with --launcher {launcher} set it to 1 and choose cluster.workers"
+        )
+    per_micro_step = train.micro_batch_size * world_size
+    if per_micro_step >= 1 and train.global_batch_size % per_micro_step:
+        nearest = max(1, round(train.global_batch_size / per_micro_step)) * per_micro_step
+        found.append(
+            f"train.global_batch_size = {train.global_batch_size} is not a multiple of train.micro_batch_size = "
+            f"{train.micro_batch_size} times {world_size} ranks; use {nearest}, or a smaller micro_batch_size"
+        )
+    if data.lanes >= 1 and data.lanes % world_size:
+        found.append(f"data.lanes = {data.lanes} cannot be dealt to {world_size} ranks; use a multiple of {world_size}")
+    if data.seq_len > model.max_position_embeddings:
+        found.append(
+            f"data.seq_len = {data.seq_len} is longer than model.max_position_embeddings = "
+            f"{model.max_position_embeddings}; raise the latter or shorten the sequences"
+        )
+    if train.precision == "bf16" and parallel.zero_stage == 0 and launcher != "debug":
+        found.append(
+            'train.precision = "bf16" needs fp32 master weights, which parallel.zero_stage = 0 does not keep; '
+            "use zero_stage 1, 2 or 3"
+        )
+    return found
+
+
+def _some(numbers: list[int]) -> str:
+    shown = numbers if len(numbers) <= 12 else numbers[:10] + numbers[-2:]
+    return ", ".join(str(number) for number in shown)

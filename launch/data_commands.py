@@ -1,0 +1,106 @@
+"""`trimtab data pack | verify | audit`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from cluster.context import EXIT_FAILED, EXIT_OK
+
+
+def add_data_commands(commands: Any) -> None:
+    """Adds the `data` command and its actions to a parser's subcommands."""
+    data = commands.add_parser("data", help="Pack, verify and audit data.")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    pack = actions.add_parser(
+        "pack",
+        help="make an indexed WebDataset of tokens",
+        description="Makes an indexed WebDataset of tokens from folders, text, JSONL or Parquet files, or `python`.",
+        epilog="example: trimtab data pack ~/notes --out datasets/notes --tokenizer bpe:8192",
+    )
+    pack.add_argument("sources", nargs="+", metavar="SOURCE", help="a folder, a file, or the built-in corpus `python`")
+    pack.add_argument("--out", required=True, type=Path, help="the dataset's folder")
+    pack.add_argument("--tokenizer", default="bpe:4096", help="bytes, bpe:N or a tokenizer.json (default: bpe:4096)")
+    pack.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB (default: 64)")
+    pack.add_argument("--heldout", type=float, default=0.02, help="share of documents held out (default: 0.02)")
+    pack.add_argument("--licence", help="licence of documents whose source does not say it (an SPDX name)")
+    pack.add_argument("--overwrite", action="store_true", help="replace a dataset packed from other inputs")
+    pack.add_argument("--json", action="store_true")
+    pack.set_defaults(run_command=_pack)
+
+    verify = actions.add_parser(
+        "verify", help="read every byte back", epilog="example: trimtab data verify datasets/python"
+    )
+    verify.add_argument("path", type=Path)
+    verify.add_argument("--json", action="store_true")
+    verify.set_defaults(run_command=_verify)
+
+    audit = actions.add_parser(
+        "audit", help="prove that no sequence was lost or repeated", epilog="example: trimtab data audit runs/debug"
+    )
+    audit.add_argument("run", type=Path)
+    audit.add_argument("--data", type=Path, help="the dataset's folder, if it has moved")
+    audit.add_argument("--json", action="store_true")
+    audit.set_defaults(run_command=_audit)
+
+
+def progress_line(phase: str, done: int, total: int) -> None:
+    """One line on standard error that is written over, on a terminal; a line per phase elsewhere."""
+    if sys.stderr.isatty():
+        share = f"{done / total:4.0%}" if total else f"{done:,}"
+        sys.stderr.write(f"\r{phase:<28}{share}\033[K")
+        sys.stderr.flush()
+    elif done == 0 or (total and done >= total):
+        sys.stderr.write(f"{phase}: {done:,}/{total:,}\n")
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from data.pack import pack
+
+    packed = pack(
+        options.sources, options.out, tokenizer=options.tokenizer, shard_mb=options.shard_mb, heldout=options.heldout,
+        licence=options.licence, overwrite=options.overwrite, progress=progress_line,
+    )  # fmt: skip
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")
+    print(packed)
+    if options.json:
+        train = packed.manifest.train
+        print(
+            json.dumps(
+                {
+                    "path": str(packed.path), "reused": packed.reused, "documents": train.n_documents,
+                    "tokens": train.n_tokens, "vocab_size": packed.manifest.vocab_size,
+                    "fingerprint": packed.manifest.fingerprint, "seconds": packed.seconds,
+                }
+            )
+        )  # fmt: skip
+    return EXIT_OK
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from data.verify import verify
+
+    damages = verify(options.path, progress_line)
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")
+    for damage in damages:
+        print(damage)
+    if not damages:
+        print(f"{options.path}: every byte is as it was packed")
+    if options.json:
+        print(json.dumps({"path": str(options.path), "damages": [str(damage) for damage in damages]}))
+    return EXIT_FAILED if damages else EXIT_OK
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from data.audit import audit_run
+
+    report = audit_run(options.run, options.data)
+    print(report)
+    if options.json:
+        print(json.dumps({"ok": report.ok, "steps": report.n_steps, "sequences": report.n_sequences,
+                          "problems": list(report.problems)}))  # fmt: skip
+    return EXIT_OK if report.ok else EXIT_FAILED

@@ -1,0 +1,77 @@
+"""Brings a run's newest checkpoint into one process, whatever the layout that wrote it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.dataset import Dataset, open_dataset
+from launch.config import Config, ConfigError, from_tables, read
+from launch.runfolder import RunFolder
+from launch.session import bias_buffers, checkpoint_root
+from model.exchange import LocalExchange
+from model.naming import pieces
+from model.transformer import Transformer
+from parallel.checkpoint import CheckpointError, CheckpointReader, Saved, committed, damaged_files, open_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's model on one device, with what belongs to it."""
+
+    config: Config
+    saved: Saved
+    model: Transformer
+    dataset: Dataset
+
+
+def newest_checkpoint(run: RunFolder) -> Saved:
+    """The newest committed checkpoint of a run.
+
+    Raises:
+        ConfigError: the folder is not a run, or has no checkpoint.
+    """
+    return open_checkpoint(committed_checkpoints(run.path)[-1])
+
+
+def committed_checkpoints(folder: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first, at least one; raises ConfigError like `newest_checkpoint`."""
+    run = RunFolder(folder)
+    if not run.is_run():
+        raise ConfigError([f"{run.path} is not a run: it has no config.toml; give the folder of a run"])
+    root = checkpoint_root(read(str(run.config), [], []), run)
+    found = committed(root)
+    if not found:
+        raise ConfigError([f"{run.path} has no committed checkpoint in {root}; train it first"])
+    return found
+
+
+def load_run(folder: Path, device: torch.device | None = None) -> LoadedRun:
+    """Loads weights (the fp32 masters) and biases into one process.
+
+    Args:
+        folder: the run's folder.
+        device: where the model goes; None is the CPU.
+
+    Raises:
+        ConfigError: no run, or no checkpoint. CheckpointError: a damaged file, named.
+    """
+    saved = newest_checkpoint(RunFolder(folder))
+    wrong = damaged_files(saved)
+    if wrong:
+        raise CheckpointError("; ".join(wrong))
+    config = from_tables(saved.manifest["config"])
+    model = Transformer(config.model, LocalExchange())
+    reader = CheckpointReader(saved)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.view(-1)
+            for piece in pieces(name, tuple(parameter.shape), 0):
+                values = reader.read(piece.logical_name, "weight", 0, piece.numel)
+                flat[piece.start : piece.start + piece.numel] = values
+        for name, bias in bias_buffers(config, model).items():
+            bias.copy_(reader.read(name, "weight", 0, bias.numel()))
+    model.eval()
+    if device is not None:
+        model.to(device)
+    return LoadedRun(config, saved, model, open_dataset(config.data.path))

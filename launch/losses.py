@@ -1,0 +1,77 @@
+"""From the model's per-token losses to one number to differentiate: sums over tokens, divided by global counts.
+
+# B batch, S seq; depth 0 is the main head, depth k the k-th multi-token-prediction module
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.transformer import ModelOutput
+
+
+@dataclass(frozen=True)
+class Weights:
+    """mtp: weight of the mean over depths. sequence_balance: coefficient of the sequence-wise balance loss."""
+
+    mtp: float
+    sequence_balance: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """total: this rank's and micro-step's share of the global loss; all ranks' and micro-steps' shares add up to it.
+
+    sums: (1 + depths + 1,) fp64 without gradient: loss sums by depth, then the sequence-wise balance sum.
+    """
+
+    total: Tensor
+    sums: Tensor
+
+
+def target_masks(loss_mask: Tensor, depths: int) -> list[Tensor]:
+    """Which positions have a target, by depth: (B, S) bool each.
+
+    At depth k position t predicts what depth 0 predicts at t + k; the last k positions have no such target.
+    """
+    masks = [loss_mask]
+    for depth in range(1, depths + 1):
+        mask = torch.zeros_like(loss_mask)
+        mask[:, :-depth] = loss_mask[:, depth:]
+        masks.append(mask)
+    return masks
+
+
+def target_counts(loss_masks: Sequence[Tensor], depths: int) -> Tensor:
+    """(1 + depths,) int64: targets by depth in one rank's micro-batches of a step, from their (B, S) loss masks."""
+    per_batch = [[int(mask.sum()) for mask in target_masks(loss_mask, depths)] for loss_mask in loss_masks]
+    return torch.tensor(per_batch, dtype=torch.int64).sum(0)
+
+
+def compute_losses(
+    output: ModelOutput, loss_mask: Tensor, global_counts: list[int], n_sequences: int, weights: Weights
+) -> Losses:
+    """Combines main, multi-token-prediction and sequence-balance losses.
+
+    Args:
+        output: of one micro-batch, with token losses.
+        loss_mask: (B, S) bool on the model's device.
+        global_counts: targets by depth over the whole global batch.
+        n_sequences: sequences in the global batch.
+        weights: see `Weights`.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437), equations 17-20 (sequence balance) and 24-25 (multi-token prediction).
+    """
+    assert output.token_losses is not None, "the model was called without targets"
+    per_depth = [output.token_losses, *output.mtp_token_losses]
+    masks = target_masks(loss_mask, len(per_depth) - 1)
+    sums = [(losses * mask).sum() for losses, mask in zip(per_depth, masks, strict=True)]
+    total = sums[0] / max(1, global_counts[0])
+    for depth in range(1, len(sums)):
+        total = total + sums[depth] * (weights.mtp / (len(sums) - 1) / max(1, global_counts[depth]))
+    balance = output.routing.sequence_balance
+    if weights.sequence_balance > 0:
+        total = total + balance * (weights.sequence_balance / n_sequences)
+    return Losses(total, torch.stack([*(one.detach().double() for one in sums), balance.detach().double()]))

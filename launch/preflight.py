@@ -1,0 +1,176 @@
+"""Everything that can be checked before a process group, Ray or even torch is started; all problems in one message."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.dataset import describe
+from data.errors import DataError
+from data.pack import builtin_at, pack_builtin
+from launch import runfolder
+from launch.config import Config, ConfigError, Launcher, for_debug, layout_problems, read, world_size_for
+from launch.resume import refused_changes, saved_config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that may start: the resolved configuration, where it goes, how many ranks, what is already there.
+
+    builtin: name of a built-in corpus that has still to be packed, else empty.
+    notes: sentences about what was adapted or reused, for people.
+    """
+
+    config: Config
+    run: Path
+    launcher: Launcher
+    world_size: int
+    resume: str
+    accepted: tuple[str, ...]
+    builtin: str
+    notes: tuple[str, ...]
+
+
+def check(
+    source: str,
+    assignments: list[str],
+    *,
+    run: str | None,
+    launcher: Launcher,
+    resume: str = "auto",
+    accepted: list[str] | None = None,
+    local_cluster: bool = False,
+    mpi_size: int | None = None,
+) -> Plan:
+    """Reads and checks a run.
+
+    Args:
+        source, assignments: see `launch.config.read`.
+        run: the run's folder; None is runs/NAME of the configuration.
+        resume: auto, must or never.
+        accepted: keys whose change against the saved run the user accepts.
+        local_cluster: the Ray cluster will be started here, on this machine's cores.
+        mpi_size: ranks that mpirun started.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[str] = []
+    config = read(source, assignments, problems)
+    problems += config.problems()
+    notes = []
+    if launcher == "debug":
+        adapted = for_debug(config)
+        if adapted is not config:
+            notes.append("debug: one process holds all experts (parallel.virtual_ranks would spread them)")
+        config = adapted
+    world_size = world_size_for(config, launcher, mpi_size)
+    if launcher == "mpi":
+        config = replace(config, cluster=replace(config.cluster, workers=world_size))
+    config = replace(config, data=replace(config.data, path=str(Path(config.data.path).absolute())))
+    if config.checkpoint.dir:
+        config = replace(config, checkpoint=replace(config.checkpoint, dir=str(Path(config.checkpoint.dir).absolute())))
+    problems += layout_problems(config, launcher, world_size)
+    if local_cluster:
+        problems += local_capacity_problems(config)
+    builtin, data_notes = _check_data(config, problems)
+    notes += data_notes
+    folder = Path(run or Path("runs") / Path(source).stem).absolute()
+    _check_run(folder, config, resume, tuple(accepted or ()), problems, notes)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return Plan(config, folder, launcher, world_size, resume, tuple(accepted or ()), builtin, tuple(notes))
+
+
+def local_capacity_problems(config: Config) -> list[str]:
+    """Whether this machine's cores can hold the workers of a local Ray cluster."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    wanted = config.cluster.workers * config.cluster.cpus_per_worker
+    found = []
+    if config.cluster.nodes > 1:
+        found.append(
+            f"cluster.nodes = {config.cluster.nodes}: a local Ray cluster is one node; use cluster.nodes=1, or "
+            "--address of a larger cluster"
+        )
+    if wanted > cores:
+        found.append(
+            f"cluster.workers = {config.cluster.workers} with cluster.cpus_per_worker = "
+            f"{config.cluster.cpus_per_worker} need {wanted} cores, and a local Ray cluster here has {cores}; "
+            f"use cluster.workers={cores} or fewer, "
+            "--address of a larger cluster, or --launcher local, which does not reserve cores"
+        )
+    return found
+
+
+def _check_data(config: Config, problems: list[str]) -> tuple[str, list[str]]:
+    """Appends what is wrong with the data; returns the built-in corpus to pack, if any, and notes."""
+    path = config.data.path
+    if config.data.mode != "indexed":
+        problems.append('data.mode = "stream" cannot be trained on yet; pack the data and use data.mode = "indexed"')
+        return "", []
+    name = builtin_at(path)
+    if name and not (Path(path) / "manifest.json").exists() and not (Path(path).exists() and any(Path(path).iterdir())):
+        return name, []
+    try:
+        data = describe(path)
+    except DataError as error:
+        problems.append(f"data.path: {error}")
+        return "", []
+    if data.vocab_size > config.model.vocab_size:
+        problems.append(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the {data.vocab_size} tokens of {path} "
+            f"({data.tokenizer}); use model.vocab_size={data.vocab_size} or more, or pack with a smaller tokenizer"
+        )
+    return "", [f"data: reusing {path} ({data.n_tokens:,} tokens, {data.tokenizer})"]
+
+
+def _check_run(
+    folder: Path, config: Config, resume: str, accepted: tuple[str, ...], problems: list[str], notes: list[str]
+) -> None:
+    wrong = runfolder.problem(folder)
+    if wrong:
+        problems.append(wrong)
+        return
+    saved = saved_config(folder, config)
+    if saved is None:
+        if resume == "must":
+            problems.append(f"--resume must: {folder} has no committed checkpoint; use --resume auto, or another --run")
+        return
+    if resume == "never":
+        problems.append(
+            f"--resume never: {folder} already has the checkpoint {saved.newest.name}; give another --run, or resume"
+        )
+        return
+    problems += refused_changes(saved.config, config, accepted)
+    notes.append(f"run: going on from {saved.newest}")
+
+
+def pack_if_needed(plan: Plan, say) -> None:  # type: ignore[no-untyped-def]
+    """Packs the built-in corpus that the run needs, with progress through `say(text)`, and checks its vocabulary.
+
+    Raises:
+        ConfigError: the packed vocabulary does not fit the model. DataError: packing failed.
+    """
+    if not plan.builtin:
+        return
+    say(f"data: packing the built-in corpus {plan.builtin!r} to {plan.config.data.path} (once)")
+    packed = pack_builtin(plan.builtin, Path(plan.config.data.path).parent, progress=_progress(say))
+    say(f"data: {packed}")
+    if packed.manifest.vocab_size > plan.config.model.vocab_size:
+        raise ConfigError(
+            [
+                f"model.vocab_size = {plan.config.model.vocab_size} is smaller than the {packed.manifest.vocab_size} "
+                f"tokens of {plan.config.data.path}; use model.vocab_size={packed.manifest.vocab_size} or more"
+            ]
+        )
+
+
+def _progress(say):  # type: ignore[no-untyped-def]
+    """A progress callback (stage, done, total) that says something at the start of each stage."""
+    seen: set[str] = set()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in seen:
+            seen.add(stage)
+            say(f"data:   {stage} ({total:,})")
+
+    return report

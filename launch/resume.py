@@ -1,0 +1,75 @@
+"""What a resumed run may change, and what it may not: a pure comparison of two configurations."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.config import Config, ConfigError, read
+from launch.runfolder import RunFolder
+from launch.schema import show
+
+# Sections and keys that decide the model, the order of the data or the size of the step.
+_FIXED_SECTIONS = ("model",)
+_FIXED_KEYS = (
+    "data.seq_len", "data.seed", "data.packing", "data.lanes", "data.window_shards", "data.mode",
+    "train.global_batch_size", "train.seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run with a checkpoint: the configuration that it was last started with, and its newest committed folder."""
+
+    config: Config
+    newest: Path
+
+
+def saved_config(folder: Path, config: Config) -> SavedRun | None:
+    """The run in `folder`, or None when it has no committed checkpoint.
+
+    Raises:
+        ConfigError: its config.toml cannot be read.
+    """
+    run = RunFolder(folder)
+    root = Path(config.checkpoint.dir) if config.checkpoint.dir else run.checkpoints
+    found = sorted(path.parent for path in root.glob("step-*/COMMIT")) if root.is_dir() else []
+    if not found or not run.is_run():
+        return None
+    problems: list[str] = []
+    saved = read(str(run.config), [], problems)
+    if problems:
+        raise ConfigError([f"{run.config}: {problem}" for problem in problems])
+    return SavedRun(saved, found[-1])
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Every key whose value differs, as dotted key -> (old, new)."""
+    before, after = _flat(asdict(old)), _flat(asdict(new))
+    keys = [*before, *(key for key in after if key not in before)]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def refused_changes(old: Config, new: Config, accepted: tuple[str, ...]) -> list[str]:
+    """A sentence for every change that would make the continuation another run.
+
+    accepted: keys or sections that the user accepts with --accept-change.
+    """
+    found = []
+    for key, (before, after) in differences(old, new).items():
+        fixed = key in _FIXED_KEYS or key.split(".")[0] in _FIXED_SECTIONS
+        if fixed and not any(key == name or key.startswith(f"{name}.") for name in accepted):
+            found.append(
+                f"{key} = {show(after)} differs from the saved run's {show(before)}; give another --run, go back to "
+                f"{show(before)}, or accept it with --accept-change {key}"
+            )
+    return found
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,237 @@
+"""Puts one rank together: model, engine, balancer, data, telemetry; and says how it is saved and resumed."""
+
+import base64
+import resource
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.dataset import Dataset, open_dataset
+from data.plan import Plan
+from data.stream import Stream
+from launch.config import Config
+from launch.guard import Guard
+from launch.runfolder import RunFolder
+from launch.telemetry import Telemetry
+from model.exchange import Exchange, LocalExchange
+from model.init import init_weights
+from model.transformer import Transformer
+from parallel import checkpoint
+from parallel.balance import Balancer
+from parallel.engine import Engine, PlainEngine
+from parallel.exchange import AllToAllExchange
+from parallel.ranks import Ranks
+
+
+@dataclass
+class Session:
+    """Everything that one rank trains with. `dump` asks nothing of other ranks; `save` and `resume` are collective."""
+
+    config: Config
+    run: RunFolder
+    ranks: Ranks
+    device: torch.device
+    model: Transformer
+    engine: Engine
+    balancer: Balancer
+    biases: dict[str, Tensor]
+    dataset: Dataset
+    stream: Stream
+    telemetry: Telemetry
+    guard: Guard
+    stop: threading.Event
+    tokens: int = 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints of this run go."""
+        return checkpoint_root(self.config, self.run)
+
+    def save(self, step: int, cause: str) -> None:
+        """Writes and publishes a checkpoint after `step` steps, then forgets those beyond `checkpoint.keep`."""
+        random_states = self.ranks.dp.gather(_random_state(self.device))
+        extra = {
+            "optimizer_steps": self.engine.optimizer_steps,
+            "tokens": self.tokens,
+            "cursor": self.stream.cursor(step),
+            "fingerprint": self.dataset.fingerprint,
+            "layout": {
+                "world_size": self.ranks.layout.world_size,
+                "ep_size": self.ranks.layout.ep_size,
+                "zero_stage": self.config.parallel.zero_stage,
+            },
+            "random_states": random_states,
+            "config": asdict(self.config),
+        }
+        path = checkpoint.save(
+            self.checkpoints, step, self.engine, self.biases, extra, self.ranks.dp, self.ranks.layout.ep_rank
+        )
+        if self.ranks.dp.rank == 0:
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+        self.telemetry.event("save", cause=cause, step=step, path=str(path))
+
+    def resume(self, mode: str, accepted: list[str]) -> int:
+        """Loads the newest readable checkpoint and returns its step; 0 when there is none and `mode` allows that.
+
+        Args:
+            mode: `auto` goes back to an older checkpoint when the newest is damaged, and says so; `must` takes the
+                newest or fails; `never` starts afresh.
+            accepted: configuration keys whose change the user accepted; a changed data order starts where the step
+                lies in the new order.
+
+        Raises:
+            CheckpointError: nothing readable where something must be.
+        """
+        found = [] if mode == "never" else checkpoint.committed(self.checkpoints)
+        errors = []
+        for path in reversed(found):
+            try:
+                saved = checkpoint.open_checkpoint(path)
+                manifest = checkpoint.load(saved, self.engine, self.biases, self.ranks.dp, self.ranks.layout.ep_rank)
+            except checkpoint.CheckpointError as error:
+                if mode == "must":
+                    raise
+                errors.append(str(error))
+                self.telemetry.event("fault", cause=f"checkpoint not readable: {error}", path=str(path))
+                continue
+            if not any(key.startswith("data.") or key == "train.global_batch_size" for key in accepted):
+                self.stream.check_cursor(manifest["cursor"])
+            self.tokens = manifest["tokens"]
+            _restore_random_state(manifest["random_states"], self.ranks.dp.rank, self.ranks.dp.size, self.device)
+            self.telemetry.rewind(saved.step, cause=f"resume from {path.name}")
+            return saved.step
+        if errors or mode == "must":
+            detail = "; ".join(errors) or f"there is none in {self.checkpoints}"
+            raise checkpoint.CheckpointError(
+                f"no readable checkpoint to resume from: {detail}; give another --run to start afresh"
+            )
+        self.telemetry.rewind(0, cause="no checkpoint yet: starting from step 0")
+        return 0
+
+    def close(self) -> None:
+        """Ends background work and closes files."""
+        self.stream.close()
+        self.dataset.close()
+        self.telemetry.close()
+
+
+def checkpoint_root(config: Config, run: RunFolder) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(config.checkpoint.dir) if config.checkpoint.dir else run.checkpoints
+
+
+def assemble(
+    config: Config,
+    run: RunFolder,
+    ranks: Ranks,
+    device: torch.device,
+    stop: threading.Event,
+    *,
+    local_rank: int = 0,
+    plain: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Session:
+    """Builds one rank's session; collective.
+
+    Args:
+        plain: torch's AdamW instead of DeepSpeed (debug launcher).
+        local_rank: place on the node, for DeepSpeed.
+        stop: set when a graceful stop was asked for.
+        say: receives a line about each slow step of the start.
+    """
+    exchange: Exchange = AllToAllExchange(ranks.ep) if ranks.layout.ep_size > 1 else LocalExchange()
+    model = Transformer(config.model, exchange, recompute=config.parallel.recompute)
+    init_weights(model, config.train.seed)
+    model.to(device)
+    engine = build_engine(config, model, ranks, device, local_rank, plain)
+    biases = bias_buffers(config, model)  # after the engine, which may have moved or cast the module
+    if config.train.finite_checks:
+        from model.probe import attach
+
+        attach(model)
+    dataset = open_dataset(config.data.path)
+    stream = Stream(
+        dataset,
+        Plan.of(dataset, config.data),
+        ranks.dp.rank,
+        ranks.dp.size,
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        cache_mb=config.data.cache_mb,
+        on_damage=config.data.on_damage,
+        damage_budget=config.data.damage_budget,
+    )
+    telemetry = Telemetry.open(
+        run,
+        asdict(config),
+        total_steps=config.train.steps,
+        main=ranks.dp.rank == 0,
+        console_mode=config.telemetry.console,
+        heatmap_every=config.telemetry.heatmap_every_steps,
+    )
+    balancer = Balancer(list(biases.values()), config.balance, ranks.dp)
+    return Session(
+        config, run, ranks, device, model, engine, balancer, biases, dataset, stream, telemetry, Guard(), stop
+    )
+
+
+def build_engine(
+    config: Config, model: Transformer, ranks: Ranks, device: torch.device, local_rank: int, plain: bool
+) -> Engine:
+    """DeepSpeed, or torch's AdamW in debug mode."""
+    if plain:
+        return PlainEngine(model, config.optimizer, ranks.layout, ranks.dp, ranks.edp, config.train.precision)
+    from parallel.zero import ZeroEngine
+
+    return ZeroEngine(
+        model,
+        config.optimizer,
+        ranks.layout,
+        stage=config.parallel.zero_stage,
+        n_experts=config.model.n_routed_experts,
+        precision=config.train.precision,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation_steps=config.accumulation_steps(ranks.layout.world_size),
+        device=device,
+        local_rank=local_rank,
+    )
+
+
+def bias_buffers(config: Config, model: Transformer) -> dict[str, Tensor]:
+    """The routing biases by logical name, in the order of the routing statistics' rows."""
+    names = [f"{layer}.mlp.gate.e_score_correction_bias" for layer in config.model.moe_layers]
+    buffers = dict(model.named_buffers())
+    return {name: buffers[name] for name in names}
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory this rank has held so far: allocated on its GPU, or resident in this process. GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    state = {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()}
+    if device.type == "cuda":
+        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state(device).numpy().tobytes()).decode()
+    return state
+
+
+def _restore_random_state(states: list[dict[str, Any]], rank: int, world_size: int, device: torch.device) -> None:
+    """Each rank takes its own state back; after a change of world size there is none that would be its own."""
+    if len(states) != world_size:
+        return
+    state = states[rank]
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["cpu"])), dtype=torch.uint8))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(
+            torch.frombuffer(bytearray(base64.b64decode(state["cuda"])), dtype=torch.uint8), device
+        )

@@ -1,0 +1,105 @@
+"""Starts a checked run under one of the four launchers, and says how it ended."""
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
+from launch.config import dump
+from launch.preflight import Plan, pack_if_needed
+from launch.runfolder import RunFolder
+
+ENTRY = "launch.worker:main"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def say(text: str) -> None:
+    """One line for people, at once."""
+    print(text, flush=True)
+
+
+def start(plan: Plan, cause: str) -> LaunchResult:
+    """Packs what has to be packed, writes the run's configuration, and trains under the plan's launcher.
+
+    Args:
+        plan: from `preflight.check`.
+        cause: why the run is started, for events.jsonl.
+    """
+    first = is_first(plan.launcher)
+    for note in plan.notes if first else ():
+        say(note)
+    if first:
+        pack_if_needed(plan, say)
+        run = RunFolder(plan.run)
+        run.create(dump(plan.config))
+        run.close()
+    payload = {
+        "config": asdict(plan.config),
+        "run": str(plan.run),
+        "resume": plan.resume,
+        "accepted": list(plan.accepted),
+        "cause": cause,
+    }
+    started = time.monotonic()
+    result = _launch(plan, payload)
+    if first:
+        _record_end(plan, result, time.monotonic() - started)
+    return result
+
+
+def _launch(plan: Plan, payload: dict) -> LaunchResult:
+    spec, log_dir = plan.config.cluster, RunFolder(plan.run).logs
+    if plan.launcher == "debug":
+        from cluster import debug
+        from launch.debugger import one_thread_at_a_time
+
+        with one_thread_at_a_time():
+            return debug.run(ENTRY, payload)
+    if plan.launcher == "local":
+        from cluster import local
+
+        return local.run(ENTRY, payload, spec, log_dir=log_dir)
+    if plan.launcher == "mpi":
+        from cluster import mpi
+
+        return mpi.run(ENTRY, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size)
+    from cluster import ray_actors
+
+    return ray_actors.run(ENTRY, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size, code=ROOT)
+
+
+def is_first(launcher: str) -> bool:
+    """Whether this process speaks for the run: mpirun starts one driver for each rank, the others only one in all."""
+    if launcher != "mpi":
+        return True
+    from cluster import mpi
+
+    return mpi.world_rank() == 0
+
+
+def _record_end(plan: Plan, result: LaunchResult, seconds: float) -> None:
+    """Writes a failure's cause to the run's events; a clean end has been written by rank 0."""
+    if result.exit_code in (EXIT_OK, EXIT_STOPPED):
+        return
+    run = RunFolder(plan.run)
+    failure = result.failures[0] if result.failures else None
+    run.event(
+        "failure",
+        cause=failure.kind if failure else "failed",
+        rank=failure.rank if failure else None,
+        message=result.error[-4000:],
+        seconds_running=round(seconds, 3),
+    )
+    run.close()
+
+
+def report_end(plan: Plan, result: LaunchResult) -> int:
+    """Prints why the run ended and returns the exit status."""
+    if result.exit_code == EXIT_STOPPED:
+        step = next((one["step"] for one in result.results if one), 0)
+        say(f"stopped on request after step {step}, with a committed checkpoint; the same command goes on from there")
+    elif result.exit_code != EXIT_OK:
+        print(result.error or "the run failed", file=sys.stderr, flush=True)
+        say(f"failed; output of every rank: {RunFolder(plan.run).logs}")
+    return result.exit_code if result.exit_code in (EXIT_OK, EXIT_STOPPED, 2) else EXIT_FAILED

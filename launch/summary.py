@@ -1,0 +1,104 @@
+"""What a finished run says for itself: figures from its files, held-out bits per byte, a completion, what next."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.evaluate import evaluate
+from launch.load import load_run
+from launch.report import summarize, write_report
+from launch.runfolder import RunFolder
+from launch.tensorboard import how_to_view
+from model.generate import generate
+
+PROMPT = "def "
+
+
+def summarize_run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluates the newest checkpoint in this process, writes the report, and prints the summary.
+
+    The checkpoint was written by all ranks; that one process reads it back is part of the proof.
+
+    Args:
+        folder: the run's folder.
+        say: receives the lines.
+
+    Returns:
+        The summary's figures, also stored as an `evaluation` event.
+    """
+    loaded = load_run(folder)
+    run = RunFolder(folder)
+    with loaded.dataset as dataset:
+        eod_id = dataset.manifest.eod_id
+        documents = list(dataset.heldout_documents())
+        say(f"summary: evaluating {len(documents)} held-out documents and compressing the same bytes with gzip and xz")
+        result = evaluate(loaded.model, documents, eod_id, loaded.config.data.seq_len)
+        prompt = [eod_id, *dataset.tokenizer.encode(PROMPT).tolist()]
+        new = list(generate(loaded.model, prompt, 48, temperature=0.0, eod_id=eod_id, max_context=256))
+        completion = PROMPT + dataset.tokenizer.decode(new)
+    sizes = result.compressed
+    run.event(
+        "evaluation",
+        cause="end of training",
+        step=loaded.saved.step,
+        heldout_loss=result.loss,
+        bits_per_byte=result.bits_per_byte,
+        gzip_bits_per_byte=sizes.gzip_bits_per_byte,
+        xz_bits_per_byte=sizes.xz_bits_per_byte,
+        heldout_bytes=sizes.raw_bytes,
+        heldout_tokens=result.n_tokens,
+        completion=completion,
+    )
+    run.close()
+    report = write_report(folder)
+    figures = {
+        **summarize(folder),
+        "heldout_loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
+        "gzip_bits_per_byte": sizes.gzip_bits_per_byte,
+        "xz_bits_per_byte": sizes.xz_bits_per_byte,
+        "completion": completion,
+        "checkpoint": str(loaded.saved.path),
+        "report": str(report),
+    }
+    for line in lines(figures, run):
+        say(line)
+    return figures
+
+
+def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:
+    """The summary as text."""
+
+    def number(key: str, pattern: str) -> str:
+        value = figures.get(key)
+        return format(value, pattern) if value is not None else "-"
+
+    better = figures["bits_per_byte"] < figures["gzip_bits_per_byte"]
+    completion = "\n".join("      | " + line for line in figures["completion"].splitlines()[:12])
+    try:
+        shown = run.path.relative_to(Path.cwd())
+    except ValueError:
+        shown = run.path
+    return [
+        "",
+        f"  Run {run.path.name}: {figures.get('steps', '-')} steps",
+        f"  loss              {number('loss_first', '.3f')} -> {number('loss_last', '.3f')} nats a token",
+        f"  held-out          {number('bits_per_byte', '.3f')} bits per byte; "
+        f"gzip -9 {number('gzip_bits_per_byte', '.3f')}, xz -9 {number('xz_bits_per_byte', '.3f')} on the same bytes"
+        f"{' (below gzip)' if better else ''}",
+        f"  speed             {number('tokens_per_second', ',.0f')} tokens/s (median)",
+        f"  max_vio           {number('max_vio_first', '.2f')} -> {number('max_vio_last', '.2f')} "
+        f"(0 is perfect balance; noise floor {number('max_vio_floor', '.2f')})",
+        "  completion        of `def `, greedy:",
+        completion,
+        f"  checkpoint        {figures['checkpoint']}",
+        f"  report            {figures['report']}",
+        "",
+        "  What next:",
+        f"    {how_to_view(run.tensorboard)}",
+        f"    .venv/bin/trimtab generate {shown} --prompt 'import ' --temperature 0.8",
+        f"    .venv/bin/trimtab data audit {shown}",
+        f"    .venv/bin/trimtab train debug balance.rule=none --launcher local --run {shown}-no-bias",
+        f"    .venv/bin/trimtab compare {shown} {shown}-no-bias",
+        "",
+    ]

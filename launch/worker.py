@@ -1,0 +1,71 @@
+"""The entry of every rank: joins the others, builds a session, resumes, trains."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.context import RankContext
+from launch.config import Config, from_tables
+from launch.runfolder import RunFolder
+from launch.session import assemble
+from launch.train import train
+from parallel.ranks import Ranks, choose_device, join_process_group, process_ranks, single_rank, virtual_ranks
+from parallel.threads import run_virtual_ranks
+
+
+def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
+    """Trains one rank.
+
+    Args:
+        context: the rank's place.
+        payload: config (tables), run (path), resume (auto, must, never), accepted (changed keys the user accepts),
+            cause (why the run was started, for events.jsonl).
+
+    Returns:
+        {"status": "done" or "stopped", "step": n}.
+    """
+    config = from_tables(payload["config"])
+    plain = context.launcher == "debug"
+    device = choose_device(config.cluster.accelerator, context.device_index)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if plain and config.parallel.virtual_ranks > 1:
+
+        def work(world: Any, rank: int) -> dict[str, Any]:
+            return _train(config, payload, virtual_ranks(world, config.parallel.ep_size, rank), device, context, plain)
+
+        return run_virtual_ranks(config.parallel.virtual_ranks, work)[0]
+    if plain:
+        return _train(config, payload, single_rank(), device, context, plain)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout_s = config.parallel.timeout_s
+    join_process_group(context.init_method, context.rank, context.world_size, backend, timeout_s, context.interface)
+    return _train(config, payload, process_ranks(config.parallel.ep_size, timeout_s), device, context, plain)
+
+
+def _train(
+    config: Config, payload: dict[str, Any], ranks: Ranks, device: torch.device, context: RankContext, plain: bool
+) -> dict[str, Any]:
+    run = RunFolder(Path(payload["run"]))
+    session = assemble(config, run, ranks, device, context.stop, local_rank=context.local_rank, plain=plain)
+    try:
+        layout = ranks.layout
+        session.telemetry.event(
+            "start",
+            cause=payload["cause"],
+            launcher=context.launcher,
+            world_size=layout.world_size,
+            ep_size=layout.ep_size,
+            zero_stage=None if plain else config.parallel.zero_stage,
+            device=str(device),
+            threads_per_rank=torch.get_num_threads(),
+        )
+        first_step = session.resume(payload["resume"], payload["accepted"])
+        if first_step:
+            session.telemetry.event("resume", cause="newest committed checkpoint", step=first_step)
+        result = train(session, first_step)
+        session.telemetry.event("stop", cause=result["status"], step=result["step"])
+        return result
+    finally:
+        session.close()
