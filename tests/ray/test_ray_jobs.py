@@ -66,12 +66,15 @@ def test_a_stopped_job_saves_and_returns_75(ray_cluster, job_dir, tmp_path):
     assert "rank 0 has saved" in "".join(shown)
 
 
-@pytest.mark.parametrize(
-    ("program", "expected"), [("raise SystemExit(2)", 2), ("import os; os.kill(os.getpid(), 9)", 137)]
-)
-def test_the_status_comes_back(ray_cluster, job_dir, program, expected):
-    code, log = submit(ray_cluster, job_dir, "python", "-c", f"print(open('note.txt').read()); {program}")
-    assert code == expected and "sent along" in log
+def test_the_status_and_the_files_come_along(ray_cluster, job_dir):
+    program = "print(open('note.txt').read()); raise SystemExit(2)"
+    code, log = submit(ray_cluster, job_dir, "python", "-c", program)
+    assert code == 2 and "sent along" in log
+
+
+def test_a_job_that_is_killed_is_a_failure(ray_cluster, job_dir, capsys):
+    code, _ = submit(ray_cluster, job_dir, "python", "-c", "import os; os.kill(os.getpid(), 9)")
+    assert code == 1 and "ended with status 137 (signal 9)" in capsys.readouterr().err
 
 
 def test_the_token_is_wanted(ray_cluster, job_dir, monkeypatch):
@@ -83,5 +86,5 @@ def test_the_token_is_wanted(ray_cluster, job_dir, monkeypatch):
 
 
 def test_nobody_at_the_address(job_dir):
-    with pytest.raises(jobs.JobError, match="no Ray dashboard answers at http://127.0.0.1:9"):
+    with pytest.raises(jobs.JobError, match=r"no Ray dashboard answers at http://127\.0\.0\.1:9"):
         jobs.submit(["true"], working_dir=job_dir, address="http://127.0.0.1:9")

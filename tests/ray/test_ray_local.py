@@ -109,6 +109,6 @@ def test_a_failed_start_shows_what_ray_said_and_leaves_nothing(tmp_path, monkeyp
 
 def test_a_start_that_takes_too_long_says_what_it_waited_for():
     before = set(Path("/tmp").glob("tt-*"))
-    with pytest.raises(RayStartError, match="did not start within 0.5 s"):
+    with pytest.raises(RayStartError, match=r"did not start within 0\.5 s"):
         start_local(1, start_timeout_s=0.5)
     assert set(Path("/tmp").glob("tt-*")) <= before

@@ -58,15 +58,16 @@ class Literal:
         hidden = embedded
         for i in range(self.config.num_hidden_layers):
             hidden = self._layer(f"layers.{i}", hidden, docs, dense=i < self.config.first_k_dense_replace)
-        result = [[self._nll(self._norm("norm", h), targets[t]) for t, h in enumerate(hidden)]]
+        hidden = [self._norm("norm", h) for h in hidden]
+        result = [[self._nll(h, targets[t]) for t, h in enumerate(hidden)]]
         for k in range(1, self.config.num_nextn_predict_layers + 1):
             path = f"mtp.{k - 1}"
             joined = []
             for t in range(len(tokens) - k):
                 both = torch.cat([self._norm(f"{path}.enorm", embedded[t + k]), self._norm(f"{path}.hnorm", hidden[t])])
                 joined.append(self.w[f"{path}.eh_proj.weight"] @ both)
-            hidden = self._layer(f"{path}.block", joined, docs, dense=False)
-            result.append([self._nll(self._norm(f"{path}.norm", h), targets[t + k]) for t, h in enumerate(hidden)])
+            hidden = [self._norm(f"{path}.norm", h) for h in self._layer(f"{path}.block", joined, docs, dense=False)]
+            result.append([self._nll(h, targets[t + k]) for t, h in enumerate(hidden)])
         return result
 
     def _nll(self, hidden: Tensor, target: int) -> float:

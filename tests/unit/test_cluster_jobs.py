@@ -57,8 +57,9 @@ def test_only_a_whole_line_of_that_form_counts():
 def test_the_log_is_shown_without_the_line_for_machines():
     shown = []
     keep = _Keeper(shown.append)
-    for piece in ("step 1\nste", "p 2\n", "last words\n" + exit_line(75)[:10], exit_line(75)[10:] + "\n"):
-        keep.add(piece)
+    log = f"step 1\nstep 2\nlast words\n{exit_line(75)}\n"
+    for start, end in ((0, 10), (10, 14), (0, 30), (14, len(log)), (0, len(log))):  # overlapping, as after a reconnect
+        keep.add(log[start:end], start)
     keep.finish()
     assert "".join(shown) == "step 1\nstep 2\nlast words\n" and keep.exit_code == 75
 
@@ -66,7 +67,7 @@ def test_the_log_is_shown_without_the_line_for_machines():
 def test_an_unfinished_last_line_is_shown():
     shown = []
     keep = _Keeper(shown.append)
-    keep.add("killed in the mid")
+    keep.add("killed in the mid", 0)
     keep.finish()
     assert "".join(shown) == "killed in the mid\n" and keep.exit_code is None
 

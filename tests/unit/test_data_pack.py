@@ -65,6 +65,17 @@ def test_webdataset_reads_the_shards_unmodified(tmp_path: Path) -> None:
         assert sample.get("txt", text) == text
 
 
+@pytest.mark.parametrize("n_bytes", [1, 254, 255, 256, 511])
+def test_samples_that_fill_their_blocks(tmp_path: Path, n_bytes: int) -> None:
+    """255 bytes and the end token are exactly one tar block of two-byte tokens."""
+    (tmp_path / "source").mkdir()
+    for number in range(5):
+        (tmp_path / "source" / f"{number}.txt").write_bytes(str(number).encode() * n_bytes)
+    pack([str(tmp_path / "source")], tmp_path / "out", tokenizer="bytes", heldout=0)
+    with tarfile.open(tmp_path / "out" / "train-00000.tar") as tar:
+        assert [(member.name, member.size) for member in tar] == [(f"{n:08d}.tok", 2 * n_bytes + 2) for n in range(5)]
+
+
 def test_index_describes_the_tar(tmp_path: Path) -> None:
     path = pack_small(tmp_path)
     with open_dataset(path) as dataset:

@@ -218,8 +218,8 @@ def flip(path: Path, offset: int) -> Callable[[], None]:
 
 
 def damaged_place(dataset: Dataset, plan: Plan, step: int, size: int) -> tuple[Path, int, str, int]:
-    """(shard file, byte of its last piece's payload, key, sequence) of a step's first sequence."""
-    sequence = int(plan.batch(step, size)[0])
+    """(shard file, byte of its last piece's payload, key, sequence) of a sequence of a step with several pieces."""
+    sequence = next(int(s) for s in plan.batch(step, size) if len(plan.pieces(int(s))) > 1)
     piece = plan.pieces(sequence)[-1]
     offset = int(dataset.train.records(piece.shard)[piece.row]["offset"])
     path = dataset.path / dataset.manifest.train.shards[piece.shard].file
@@ -233,9 +233,9 @@ def test_damage_stops_the_step_and_names_shard_key_and_offset(
     monkeypatch.setattr(cache_module, "LARGE_BYTES", large_bytes)
     with open_dataset(pack_small(tmp_path)) as dataset:
         plan = plan_of(dataset)
-        path, offset, key, _ = damaged_place(dataset, plan, 0, 4)
+        path, offset, key, _ = damaged_place(dataset, plan, 0, 12)
         flip(path, offset)
-        with Stream(dataset, plan, 0, 1, 4, 4) as stream, pytest.raises(DamagedSampleError) as caught:
+        with Stream(dataset, plan, 0, 1, 12, 12) as stream, pytest.raises(DamagedSampleError) as caught:
             stream.read(0)
         assert str(path) in str(caught.value) and f"sample {key} at byte {offset}" in str(caught.value)
         assert "checksum is wrong" in str(caught.value) and "trimtab data verify" in str(caught.value)
@@ -244,21 +244,21 @@ def test_damage_stops_the_step_and_names_shard_key_and_offset(
 def test_a_shard_cut_while_training_stops_the_step(tmp_path: Path) -> None:
     with open_dataset(pack_small(tmp_path)) as dataset:
         plan = plan_of(dataset)
-        path, offset, _, _ = damaged_place(dataset, plan, 0, 4)
+        path, offset, _, _ = damaged_place(dataset, plan, 0, 12)
         with path.open("r+b") as file:
             file.truncate(offset + 1)
-        with Stream(dataset, plan, 0, 1, 4, 4) as stream, pytest.raises(DamagedSampleError, match="ends inside it"):
+        with Stream(dataset, plan, 0, 1, 12, 12) as stream, pytest.raises(DamagedSampleError, match="ends inside it"):
             stream.read(0)
 
 
 def test_quarantine_masks_the_sequence_and_keeps_the_numbering(tmp_path: Path) -> None:
     with open_dataset(pack_small(tmp_path)) as dataset:
         plan = plan_of(dataset)
-        path, offset, key, sequence = damaged_place(dataset, plan, 0, 4)
-        with Stream(dataset, plan, 0, 1, 4, 4) as stream:
+        path, offset, key, sequence = damaged_place(dataset, plan, 0, 12)
+        with Stream(dataset, plan, 0, 1, 12, 12) as stream:
             whole = by_sequence(stream.read(0))
         flip(path, offset)
-        with Stream(dataset, plan, 0, 1, 4, 4, on_damage="quarantine", damage_budget=1.0) as stream:
+        with Stream(dataset, plan, 0, 1, 12, 12, on_damage="quarantine", damage_budget=1.0) as stream:
             masked = by_sequence(stream.read(0))
             assert list(masked) == list(whole)
             assert sequence in stream.quarantined and key in stream.quarantined[sequence]

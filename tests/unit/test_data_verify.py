@@ -99,9 +99,10 @@ def test_cut_before_the_closing_blocks(folder: Path) -> None:
     assert "closing blocks" in damage.problem and damage.lost == ()
 
 
-def test_one_wrong_byte_in_a_header(folder: Path) -> None:
+@pytest.mark.parametrize("place", [3, 103, 130, 150])  # in the name, the mode, the size, the checksum itself
+def test_one_wrong_byte_in_a_header(folder: Path, place: int) -> None:
     key, offset, _ = places(folder)[1]
-    rewrite(folder / SHARD, flip(offset - 512 + 130))
+    rewrite(folder / SHARD, flip(offset - 512 + place))
     damage = only(verify(folder))
     assert "wrong sha256" in damage.problem and "header is damaged" in damage.problem
     assert lost_keys(damage) == [key] and "all samples behind it" in damage.lost[0].problem
