@@ -17,7 +17,14 @@ from launch.config import LAUNCHERS, ConfigError, dump, preset_names, read
 
 def main(arguments: list[str]) -> int:
     """Runs one command; returns the process's exit status."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may also stand after options: argparse takes a positional list in one piece only.
+    assignments = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(assignments) < len(rest) or (rest and not hasattr(options, "assignments")):
+        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in assignments) or rest[0]}")
+    if rest:
+        options.assignments += assignments
     try:
         return options.run_command(options)
     except ConfigError as error:
@@ -172,6 +179,7 @@ def _submit(options: Any) -> int:
 
 
 def _generate(options: Any) -> int:
+    _require_run(options.run)
     import torch
 
     from launch.load import load_run

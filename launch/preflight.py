@@ -113,7 +113,7 @@ def _check_data(config: Config, problems: list[str]) -> tuple[str, list[str]]:
     try:
         data = describe(path)
     except DataError as error:
-        problems.append(f"data.path: {error}")
+        problems.append(str(error))
         return "", []
     if data.vocab_size > config.model.vocab_size:
         problems.append(

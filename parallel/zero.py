@@ -42,6 +42,7 @@ def prepare_deepspeed(backend: str, local_rank: int) -> Any:
     """
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # it refuses a local rank that differs from Open MPI's
     os.environ["LOCAL_RANK"] = str(local_rank)
     os.environ["RANK"] = str(dist.get_rank())
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())

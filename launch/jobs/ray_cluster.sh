@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# A plain Ray cluster with token authentication, and a run on it.
+#
+#   launch/jobs/ray_cluster.sh token                     once: makes the token; copy its file to every machine
+#   launch/jobs/ray_cluster.sh head                      on the first machine (stays in the foreground)
+#   launch/jobs/ray_cluster.sh worker HEAD_HOST          on every other machine (stays in the foreground)
+#   launch/jobs/ray_cluster.sh submit CONFIG [key.path=value ...] [--run DIR]     on the head, follows the log
+#
+# The dashboard listens on the head's loopback only. From elsewhere: ssh -L 8265:127.0.0.1:8265 HEAD_HOST, then submit
+# there. Data and the run's folder have to lie on storage that all machines see. Ctrl-C during submit saves and stops.
+# TRIMTAB_RAY_TOKEN names the token's file; RAY_NODE_IP the address to use where a machine has several.
+set -euo pipefail
+
+usage() {
+    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+}
+
+root=$(cd "$(dirname "$0")/../.." && pwd)
+bin=${TRIMTAB_BIN:-$root/.venv/bin}
+token=${TRIMTAB_RAY_TOKEN:-$HOME/.config/trimtab/ray-token}
+port=${RAY_HEAD_PORT:-6379}
+dashboard=${RAY_DASHBOARD_PORT:-8265}
+[ $# -ge 1 ] || usage
+command=$1
+shift
+
+if [ "$command" = token ]; then
+    [ ! -e "$token" ] || { echo "ray_cluster.sh: $token exists; remove it to make another" >&2; exit 2; }
+    mkdir -p "$(dirname "$token")"
+    (umask 077 && "$bin/python" -c 'import secrets; print(secrets.token_hex(32))' >"$token")
+    echo "ray_cluster.sh: the token is in $token; copy this file to every machine, readable by you only"
+    exit 0
+fi
+
+# Without a token, everybody who reaches a port of Ray can run code on the cluster: there is no way around it here.
+[ -s "$token" ] || { echo "ray_cluster.sh: no token in $token; make one with: $0 token" >&2; exit 2; }
+if [ -n "$(find "$token" -perm /077)" ]; then
+    echo "ray_cluster.sh: others can read $token; run: chmod 600 $token" >&2
+    exit 2
+fi
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_USAGE_STATS_ENABLED=0
+node_ip=()
+[ -z "${RAY_NODE_IP:-}" ] || node_ip=(--node-ip-address "$RAY_NODE_IP")
+
+case $command in
+head)
+    # A machine that vanishes is noticed after about 10 s instead of 30.
+    export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=4
+    exec "$bin/ray" start --head --block --disable-usage-stats ${node_ip[@]+"${node_ip[@]}"} --port "$port" \
+        --dashboard-host 127.0.0.1 --dashboard-port "$dashboard"
+    ;;
+worker)
+    [ $# -eq 1 ] || usage
+    exec "$bin/ray" start --block --disable-usage-stats ${node_ip[@]+"${node_ip[@]}"} --address "$1:$port"
+    ;;
+submit)
+    [ $# -ge 1 ] || usage
+    # `trimtab submit` gives the job cluster.stop_grace_s to save (Ray's own default is 3 s). Who calls `ray job submit`
+    # instead has to pass --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}'.
+    exec "$bin/trimtab" submit "$@" --address "http://127.0.0.1:$dashboard"
+    ;;
+*)
+    usage
+    ;;
+esac
