@@ -88,7 +88,7 @@ def audit(lines: Iterable[str], plan: Plan) -> AuditReport:
     """Audits a ledger's lines against a plan.
 
     A line of step s undoes all earlier lines of steps >= s: that is what a restart from a checkpoint or a rollback did.
-    What remains must be steps 0, 1, 2, ... without a gap; each step's ranges of order numbers must begin where the last
+    What remains must be steps 1, 2, 3, ... without a gap; each step's ranges of order numbers must begin where the last
     one's ended (skip ranges apart); and the hash that the ranks reported must be that of the plan's sequences.
     """
     history, n_lines, n_torn, problems = _committed(lines)
@@ -97,7 +97,7 @@ def audit(lines: Iterable[str], plan: Plan) -> AuditReport:
     expected_start = 0
     digest = plan.digest()
     ids_by_step: list[np.ndarray] = []
-    for place, entry in enumerate(history):
+    for place, entry in enumerate(history, 1):
         step = entry["step"]
         if step != place:
             problems.append(f"step {place} is missing, step {step} stands in its place")

@@ -39,11 +39,12 @@ def ledger_line(
 ) -> dict[str, Any]:
     """The line that ledger.jsonl gets for a step.
 
-    Keys: step (from 0), epoch (of the first sequence), sequences (how many), ranges (of order numbers, each [start,
-    stop]), hash (of the sequence ids consumed), plan (its digest), and skip_ranges where there are any.
+    Keys: step (counted from 1: the optimizer steps done with it, as in metrics.jsonl), epoch (of the first sequence),
+    sequences (how many), ranges (of order numbers, each [start, stop]), hash (of the sequence ids consumed), plan (its
+    digest), and skip_ranges where there are any.
 
     Args:
-        step: counted from 0, as in Stream.read.
+        step: counted from 0, as in Stream.read; the line says step + 1.
         epoch: of the batch's first sequence.
         numbers: (G,) int64 order numbers of the global batch, rising.
         consumed: sum of the ranks' hash_sequences.
@@ -52,7 +53,7 @@ def ledger_line(
     """
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
     line: dict[str, Any] = {
-        "step": step,
+        "step": step + 1,
         "epoch": epoch,
         "sequences": len(numbers),
         "ranges": [[int(run[0]), int(run[-1]) + 1] for run in runs],

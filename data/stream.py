@@ -156,7 +156,7 @@ class Stream:
         """The line of ledger.jsonl for a step.
 
         Args:
-            step: the step.
+            step: the step, counted from 0 as in `read`; the line counts steps done, from 1.
             consumed: the sum of all ranks' `consumed_hash(step)`.
         """
         return ledger_line(

@@ -47,7 +47,7 @@ def test_any_history_of_restarts_is_proved(history: list[tuple[int, int, int]]) 
         step = max(0, step + n_steps - lost)
     report = audit(lines, plan)
     last = history[-1]
-    n_steps = json.loads(lines[-1])["step"] + 1
+    n_steps = json.loads(lines[-1])["step"]
     assert report.ok, report.problems
     assert report.n_steps == n_steps and report.n_sequences == 12 * n_steps and last
     assert report.n_lines == len(lines) and report.n_replaced == len(lines) - n_steps
@@ -79,8 +79,8 @@ def test_faults_are_found() -> None:
     def edited(step: int, **changes: object) -> list[str]:
         return [json.dumps({**json.loads(text), **changes}) if at == step else text for at, text in enumerate(good)]
 
-    assert "step 3 is missing" in problems(good[:3] + good[4:])
-    assert "step 0 is missing" in problems(good[2:])
+    assert "step 4 is missing" in problems(good[:3] + good[4:])
+    assert "step 1 is missing" in problems(good[2:])
     other = make_plan(SHARDS, seed=9)
     assert "followed the plan" in problems([*good[:4], line(other, 4, batches)])
     assert "other sequences" in problems(edited(2, hash="0" * 16))

@@ -44,10 +44,13 @@ def test_equals_bit_by_bit_and_goes_on(length: int, cut: int, seed: int) -> None
 
 
 def test_crosses_the_chunk_border() -> None:
-    data = np.random.default_rng(0).bytes((1 << 20) + 777)
-    halves = crc32c(data[1000:], crc32c(data[:1000]))
-    assert crc32c(data) == halves
-    assert crc32c(data[: (1 << 20) - 1] + data[(1 << 20) - 1 :]) == halves
+    for surplus in (0, 1, 3, 4, 777):
+        data = np.random.default_rng(0).bytes((1 << 20) + surplus)
+        assert crc32c(data) == crc32c(data[1000:], crc32c(data[:1000]))
+        crc = 0
+        for start in range(0, len(data), 5003):
+            crc = crc32c(data[start : start + 5003], crc)
+        assert crc32c(data) == crc
 
 
 def test_takes_arrays_by_their_bytes() -> None:

@@ -191,7 +191,7 @@ def test_ledger_lines(dataset: Dataset) -> None:
         stream.read(4)
         line = stream.ledger_line(4, stream.consumed_hash(4))
         assert line == {
-            "step": 4,
+            "step": 5,
             "epoch": 0,
             "sequences": 8,
             "ranges": [[32, 40]],

@@ -21,9 +21,9 @@ def test_presets_have_no_problem(name):
     assert preset(name).problems() == []
 
 
-def test_defaults_are_debug_but_for_the_queries_rank():
+def test_defaults_are_debug_but_for_the_queries_rank_and_initial_spread():
     assert ModelConfig().problems() == []
-    assert replace(ModelConfig(), q_lora_rank=96) == preset("debug")
+    assert replace(ModelConfig(), q_lora_rank=96, initializer_range=0.05) == preset("debug")
 
 
 @pytest.mark.parametrize(
