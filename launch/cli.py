@@ -146,6 +146,8 @@ def _train(options: Any) -> int:
         return EXIT_BAD_INPUT
     from launch.start import is_first, report_end, say, start
 
+    if plan.done:
+        return _already_done(plan, say) if is_first(plan.launcher) else EXIT_OK
     result = start(plan, cause=f"trimtab train {options.config}")
     if not is_first(plan.launcher):
         return result.exit_code
@@ -153,6 +155,16 @@ def _train(options: Any) -> int:
     if status == EXIT_OK and not options.no_summary:
         _summarize(plan, say)
     return status
+
+
+def _already_done(plan: Any, say: Callable[[str], None]) -> int:
+    """Says what a complete run is, without training or evaluating again."""
+    from launch.summary import show_summary
+
+    for note in plan.notes:
+        say(note)
+    show_summary(plan.run, say)
+    return EXIT_OK
 
 
 SUMMARY_LIMIT = 200_000_000  # parameters: above this one process should not load the model unasked

@@ -17,6 +17,7 @@ class Plan:
     """A run that may start: the resolved configuration, where it goes, how many ranks, what is already there.
 
     builtin: name of a built-in corpus that has still to be packed, else empty.
+    done: the run has all its steps already.
     notes: sentences about what was adapted or reused, for people.
     """
 
@@ -27,6 +28,7 @@ class Plan:
     resume: str
     accepted: tuple[str, ...]
     builtin: str
+    done: bool
     notes: tuple[str, ...]
 
 
@@ -75,10 +77,10 @@ def check(
     builtin, data_notes = _check_data(config, problems)
     notes += data_notes
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
-    _check_run(folder, config, resume, tuple(accepted or ()), problems, notes)
+    done = _check_run(folder, config, resume, tuple(accepted or ()), problems, notes)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Plan(config, folder, launcher, world_size, resume, tuple(accepted or ()), builtin, tuple(notes))
+    return Plan(config, folder, launcher, world_size, resume, tuple(accepted or ()), builtin, done, tuple(notes))
 
 
 def local_capacity_problems(config: Config) -> list[str]:
@@ -125,23 +127,31 @@ def _check_data(config: Config, problems: list[str]) -> tuple[str, list[str]]:
 
 def _check_run(
     folder: Path, config: Config, resume: str, accepted: tuple[str, ...], problems: list[str], notes: list[str]
-) -> None:
+) -> bool:
+    """Appends what is wrong with the run's folder; returns whether the run is complete."""
     wrong = runfolder.problem(folder)
     if wrong:
         problems.append(wrong)
-        return
+        return False
     saved = saved_config(folder, config)
     if saved is None:
         if resume == "must":
             problems.append(f"--resume must: {folder} has no committed checkpoint; use --resume auto, or another --run")
-        return
+        return False
     if resume == "never":
         problems.append(
             f"--resume never: {folder} already has the checkpoint {saved.newest.name}; give another --run, or resume"
         )
-        return
+        return False
     problems += refused_changes(saved.config, config, accepted)
+    if saved.step >= config.train.steps:
+        notes.append(
+            f"run: {folder} is complete ({saved.step} steps), nothing is trained; train.steps={saved.step * 2} goes on "
+            "from there, another --run starts afresh"
+        )
+        return True
     notes.append(f"run: going on from {saved.newest}")
+    return False
 
 
 def pack_if_needed(plan: Plan, say) -> None:  # type: ignore[no-untyped-def]

@@ -23,6 +23,11 @@ class SavedRun:
     config: Config
     newest: Path
 
+    @property
+    def step(self) -> int:
+        """Steps that the newest checkpoint holds."""
+        return int(self.newest.name.removeprefix("step-"))
+
 
 def saved_config(folder: Path, config: Config) -> SavedRun | None:
     """The run in `folder`, or None when it has no committed checkpoint.

@@ -1,6 +1,7 @@
 """Puts one rank together: model, engine, balancer, data, telemetry; and says how it is saved and resumed."""
 
 import base64
+import json
 import resource
 import sys
 import threading
@@ -150,6 +151,8 @@ def assemble(
     init_weights(model, config.train.seed)
     model.to(device)
     engine = build_engine(config, model, ranks, device, local_rank, plain)
+    if ranks.dp.rank == 0 and not plain:
+        (run.path / "deepspeed.json").write_text(json.dumps(getattr(engine, "settings", {}), indent=1) + "\n")
     biases = bias_buffers(config, model)  # after the engine, which may have moved or cast the module
     if config.train.finite_checks:
         from model.probe import attach

@@ -35,6 +35,11 @@ def submit(options: Any) -> int:
     )  # fmt: skip
     for note in plan.notes:
         say(note)
+    if plan.done:
+        from launch.summary import show_summary
+
+        show_summary(plan.run, say)
+        return EXIT_OK
     pack_if_needed(plan, say)
     with ExitStack() as stack:
         token = None

@@ -7,7 +7,7 @@ from typing import Any
 from launch.evaluate import evaluate
 from launch.load import load_run
 from launch.report import summarize, write_report
-from launch.runfolder import RunFolder
+from launch.runfolder import RunFolder, read_records
 from launch.tensorboard import how_to_view
 from model.generate import generate
 
@@ -50,16 +50,25 @@ def summarize_run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         completion=completion,
     )
     run.close()
-    report = write_report(folder)
+    write_report(folder)
+    return show_summary(folder, say)
+
+
+def show_summary(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Prints the summary of a run from its files; held-out figures are those of its last evaluation, if there was one.
+
+    Args:
+        folder: the run's folder.
+        say: receives the lines.
+    """
+    run = RunFolder(folder)
+    evaluations = [event for event in read_records(run.events_path) if event.get("kind") == "evaluation"]
+    saves = [event for event in read_records(run.events_path) if event.get("kind") == "save"]
     figures = {
         **summarize(folder),
-        "heldout_loss": result.loss,
-        "bits_per_byte": result.bits_per_byte,
-        "gzip_bits_per_byte": sizes.gzip_bits_per_byte,
-        "xz_bits_per_byte": sizes.xz_bits_per_byte,
-        "completion": completion,
-        "checkpoint": str(loaded.saved.path),
-        "report": str(report),
+        **(evaluations[-1] if evaluations else {}),
+        "checkpoint": saves[-1]["path"] if saves else None,
+        "report": str(run.report),
     }
     for line in lines(figures, run):
         say(line)
@@ -73,8 +82,16 @@ def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:
         value = figures.get(key)
         return format(value, pattern) if value is not None else "-"
 
-    better = figures["bits_per_byte"] < figures["gzip_bits_per_byte"]
-    completion = "\n".join("      | " + line for line in figures["completion"].splitlines()[:12])
+    heldout = ["  held-out          not evaluated"]
+    if figures.get("bits_per_byte") is not None:
+        better = figures["bits_per_byte"] < figures["gzip_bits_per_byte"]
+        heldout = [
+            f"  held-out          {number('bits_per_byte', '.3f')} bits per byte; "
+            f"gzip -9 {number('gzip_bits_per_byte', '.3f')}, xz -9 {number('xz_bits_per_byte', '.3f')} "
+            f"on the same {number('heldout_bytes', ',d')} bytes{' (below gzip)' if better else ''}",
+            "  completion        of `def `, greedy:",
+            *("      | " + line for line in figures["completion"].splitlines()[:12]),
+        ]
     try:
         shown = run.path.relative_to(Path.cwd())
     except ValueError:
@@ -83,19 +100,15 @@ def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:
         "",
         f"  Run {run.path.name}: {figures.get('steps', '-')} steps",
         f"  loss              {number('loss_first', '.3f')} -> {number('loss_last', '.3f')} nats a token",
-        f"  held-out          {number('bits_per_byte', '.3f')} bits per byte; "
-        f"gzip -9 {number('gzip_bits_per_byte', '.3f')}, xz -9 {number('xz_bits_per_byte', '.3f')} on the same bytes"
-        f"{' (below gzip)' if better else ''}",
         f"  speed             {number('tokens_per_second', ',.0f')} tokens/s (median)",
         f"  max_vio           {number('max_vio_first', '.2f')} -> {number('max_vio_last', '.2f')} "
         f"(0 is perfect balance; noise floor {number('max_vio_floor', '.2f')})",
-        "  completion        of `def `, greedy:",
-        completion,
+        *heldout,
         f"  checkpoint        {figures['checkpoint']}",
         f"  report            {figures['report']}",
         "",
         "  What next:",
-        f"    {how_to_view(run.tensorboard)}",
+        f"    .venv/bin/{how_to_view(run.tensorboard)}",
         f"    .venv/bin/trimtab generate {shown} --prompt 'import ' --temperature 0.8",
         f"    .venv/bin/trimtab data audit {shown}",
         f"    .venv/bin/trimtab train debug balance.rule=none --launcher local --run {shown}-no-bias",

@@ -19,7 +19,8 @@ def refused(done, *expected: str) -> None:
 def test_everything_wrong_comes_in_one_message(trimtab, config: Path, tmp_path: Path, launcher: str) -> None:
     started = time.monotonic()
     done = trimtab(
-        "train", config, "train.stepz=3", "train.steps=many", "model.num_experts_per_tok=5", "data.path=/nowhere/at/all",
+        "train", config, "train.stepz=3", "train.steps=many", "model.num_experts_per_tok=5",
+        "data.path=/nowhere/at/all",
         "train.global_batch_size=7", "--launcher", launcher, "--run", tmp_path / "run",
     )  # fmt: skip
     seconds = time.monotonic() - started
@@ -38,7 +39,7 @@ def test_everything_wrong_comes_in_one_message(trimtab, config: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["model.n_routed_experts=9", "model.n_group=1", "model.topk_group=1"], "model.n_routed_experts = 9 cannot be split"),
+        (["model.n_routed_experts=9", "model.n_group=1", "model.topk_group=1"], "n_routed_experts = 9 cannot be split"),
         (["cluster.workers=3", "train.global_batch_size=6"], "cannot be cut into groups of parallel.ep_size = 2"),
         (["model.vocab_size=200"], "model.vocab_size = 200 is smaller than the 257 tokens"),
         (["model.vocab_size=200", "train.precision=bf61"], 'did you mean \'bf16\'?'),

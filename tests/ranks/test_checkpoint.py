@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_stops_no_rank(tmp_path: Path,
         return real(path, tensors)
 
     monkeypatch.setattr(checkpoint, "write", full)
-    with pytest.raises(checkpoint.CheckpointError, match="rank 1 could not write .* No space left"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"rank 1 could not write .* No space left"):
         save_virtual(tmp_path)
     assert (tmp_path / "step-00000002" / "COMMIT").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"], "no draft is left"

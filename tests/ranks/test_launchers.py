@@ -244,6 +244,28 @@ class TestMpi:
         assert process.returncode == 75
         assert "rank 0 has saved" in output
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_the_ready_script_turns_other_signals_into_that_one(self, tmp_path, number):
+        (tmp_path / "pids").mkdir()
+        argument = json.dumps([f"{ENTRIES}:work_until_stopped", {"pids": str(tmp_path / "pids")}, str(tmp_path)])
+        trimtab = tmp_path / "trimtab"  # takes the place of the command that the script calls
+        trimtab.write_text(f"#!{sys.executable}\nimport sys\nsys.argv[1:] = [{argument!r}]\n{MPI_PROGRAM}")
+        trimtab.chmod(0o755)
+        (tmp_path / "mpirun").write_text(f'#!/bin/sh\nexec {MPIRUN} "$@"\n')
+        (tmp_path / "mpirun").chmod(0o755)
+        process = subprocess.Popen(
+            ["bash", "launch/jobs/mpirun.sh", "2", "debug"],
+            cwd=ROOT,
+            env={**os.environ, "TRIMTAB_BIN": str(tmp_path), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        pids(tmp_path / "pids", 2)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == 75 and "rank 0 has saved" in output
+
     def test_ranks_die_with_an_mpirun_that_is_killed(self, tmp_path):
         (tmp_path / "pids").mkdir()
         process = self.start("ignore_stop", {"pids": str(tmp_path / "pids"), "seconds": 100}, tmp_path, ranks=2)
