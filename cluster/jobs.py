@@ -14,12 +14,12 @@ from typing import Any
 
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_STOPPED
 from cluster.job_main import find_exit_code
+from cluster.local import print_line
 from cluster.signals import StopSignals
 
 PROMISED = (EXIT_OK, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED)
 POLL_S = 0.3
-LOG_PATIENCE_S = 15.0  # for the rest of the log after the job has ended
-HTTP_PATIENCE_S = 60.0  # for a dashboard that does not answer in the middle of a job
+HTTP_PATIENCE_S = 30.0  # for a dashboard that does not answer in the middle of a job
 CHATTY_LOGGERS = (
     "ray._private.runtime_env.packaging",
     "ray.dashboard.modules.dashboard_sdk",
@@ -30,12 +30,6 @@ END_MARGIN_S = 15  # more than the job's own grace, so that it can end its ranks
 
 class JobError(RuntimeError):
     """The job could not be submitted; the text says what to do."""
-
-
-def print_text(text: str) -> None:
-    """Writes the job's log to this terminal as it comes."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def submit(
@@ -50,7 +44,7 @@ def submit(
     stop_grace_s: float = 60.0,
     entrypoint_num_cpus: float = 0,
     stop: threading.Event | None = None,
-    on_output: Callable[[str], None] = print_text,
+    on_output: Callable[[str], None] = print_line,
 ) -> int:
     """Runs a command on the cluster and returns its exit status: 0, 75, 2, or 1 for any other end.
 
@@ -67,61 +61,42 @@ def submit(
     Raises:
         JobError: nothing answers at the address, the token is missing or wrong, or the job was refused.
     """
-    job_id, client = _submit(
-        entrypoint, working_dir, address, token, env_vars, submission_id, metadata, stop_grace_s, entrypoint_num_cpus
-    )
-    keep = _Keeper(on_output)
-    log = _LogFollower(client, job_id, keep)
-    log.start()
+    # The grace is read by the process that supervises the job, which gets the job's runtime environment.
+    grace = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(stop_grace_s) + END_MARGIN_S)}
+    request = {
+        # Without the shell's `exec`, the job's process loses its parent when Ray ends the shell, and may stay as a
+        # zombie for which Ray then waits until the grace is over.
+        "entrypoint": "exec " + shlex.join(["python", "-m", "cluster.job_main", *entrypoint]),
+        "submission_id": submission_id,
+        "metadata": dict(metadata or {}),
+        "runtime_env": {"working_dir": str(working_dir), "env_vars": {**(env_vars or {}), **grace}},
+        "entrypoint_num_cpus": entrypoint_num_cpus,
+    }
     with StopSignals(stop) as signals:
-        ended = _wait(client, job_id, signals, keep, stop_grace_s)
-    if not ended:
-        on_output("no longer waiting; the job is being stopped\n")
-        return EXIT_FAILED
-    if keep.exit_code is None:
-        log.finish(LOG_PATIENCE_S)
-    code = _exit_code(client, job_id, keep)
-    if code in PROMISED:
-        return code
-    cause = f"status {code} (signal {code - 128})" if code > 128 else f"status {code}"
-    print(f"the job {job_id} ended with {cause}", file=sys.stderr)
-    return EXIT_FAILED
+        client, job_id = _send(request, address, token)
+        try:
+            return _follow(client, job_id, signals, stop_grace_s, on_output)
+        except (OSError, RuntimeError) as error:
+            print(
+                f"lost contact with the Ray cluster at {address} while the job {job_id} ran: {error}", file=sys.stderr
+            )
+            return EXIT_FAILED
 
 
-def _submit(
-    entrypoint: Sequence[str],
-    working_dir: Path,
-    address: str,
-    token: str | None,
-    env_vars: Mapping[str, str] | None,
-    submission_id: str | None,
-    metadata: Mapping[str, str] | None,
-    stop_grace_s: float,
-    entrypoint_num_cpus: float,
-) -> tuple[str, Any]:
+def _send(request: dict[str, Any], address: str, token: str | None) -> tuple[Any, str]:
+    """The client and the job's name."""
     try:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
     except ImportError:
         raise JobError("submitting needs Ray; install it with: pip install 'ray[default]'") from None
-    headers = {"Authorization": f"Bearer {token}"} if token else None
-    # The grace is read by the process that supervises the job, which gets the job's runtime environment.
-    grace = {"RAY_JOB_STOP_WAIT_TIME_S": str(round(stop_grace_s) + END_MARGIN_S)}
-    # Without the shell's `exec`, the job's process loses its parent when Ray ends the shell, and may stay as a zombie
-    # for which Ray then waits until the grace is over.
-    command = "exec " + shlex.join(["python", "-m", "cluster.job_main", *entrypoint])
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # after the import, which sets it
+    headers = {"Authorization": f"Bearer {token}"} if token else None
     with _proxies_left_out(address):
         try:
             client = JobSubmissionClient(address, headers=headers)
-            job_id = client.submit_job(
-                entrypoint=command,
-                submission_id=submission_id,
-                metadata=dict(metadata or {}),
-                runtime_env={"working_dir": str(working_dir), "env_vars": {**(env_vars or {}), **grace}},
-                entrypoint_num_cpus=entrypoint_num_cpus,
-            )
+            return client, client.submit_job(**request)
         except AuthenticationError as error:
             raise JobError(
                 f"the Ray cluster at {address} wants its token; put it into RAY_AUTH_TOKEN, or the name of its file "
@@ -133,7 +108,30 @@ def _submit(
             ) from error
         except RuntimeError as error:
             raise JobError(f"the Ray cluster at {address} refused the job: {str(error).strip()}") from error
-    return job_id, client
+
+
+def _follow(
+    client: Any, job_id: str, signals: StopSignals, stop_grace_s: float, on_output: Callable[[str], None]
+) -> int:
+    """Passes the job's log on until it has ended; returns its exit status."""
+    keep = _Keeper(on_output)
+    log = _LogFollower(client, job_id, keep)
+    log.start()
+    try:
+        if not _wait(client, job_id, signals, keep, stop_grace_s):
+            on_output("no longer waiting; the job is being stopped\n")
+            return EXIT_FAILED
+    finally:
+        log.done.set()
+    if keep.exit_code is None:  # the rest at once, instead of when the follower gets to it
+        keep.add(client.get_job_logs(job_id), 0)
+    keep.finish()
+    code = _exit_code(client, job_id, keep)
+    if code in PROMISED:
+        return code
+    cause = f"status {code} (signal {code - 128})" if code > 128 else f"status {code}"
+    print(f"the job {job_id} ended with {cause}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def _wait(client: Any, job_id: str, signals: StopSignals, keep: "_Keeper", stop_grace_s: float) -> bool:
@@ -164,68 +162,65 @@ def _exit_code(client: Any, job_id: str, keep: "_Keeper") -> int:
     info = client.get_job_info(job_id)
     if info.driver_exit_code is not None:
         return int(info.driver_exit_code)
-    code = find_exit_code(client.get_job_logs(job_id))
-    if code is None:
-        print(f"the job {job_id} ended as {info.status}: {info.message or 'no message'}", file=sys.stderr)
-        return EXIT_FAILED
-    return code
+    print(f"the job {job_id} ended as {info.status}: {info.message or 'no message'}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 class _Keeper:
-    """Passes whole lines of the log on, except the last one, which is for machines: the exit status."""
+    """Passes whole lines of the log on, once each, except the last one, which is for machines: the exit status."""
 
     def __init__(self, on_output: Callable[[str], None]) -> None:
         self.exit_code: int | None = None
         self._on_output = on_output
+        self._seen = 0  # characters of the log
         self._partial = ""
+        self._lock = threading.Lock()
 
-    def add(self, text: str) -> None:
-        lines = (self._partial + text).splitlines(keepends=True)
-        self._partial = lines.pop() if lines and not lines[-1].endswith("\n") else ""
-        code = find_exit_code("".join(lines))
-        if shown := "".join(line for line in lines if find_exit_code(line) is None):
-            self._on_output(shown)
-        if code is not None:
-            self.exit_code = code
+    def add(self, text: str, start: int) -> None:
+        """Takes a piece of the log that begins with its character `start`; what is known already is left out."""
+        with self._lock:
+            new = text[max(0, self._seen - start) :]
+            self._seen = max(self._seen, start + len(text))
+            lines = (self._partial + new).splitlines(keepends=True)
+            self._partial = lines.pop() if lines and not lines[-1].endswith("\n") else ""
+            code = find_exit_code("".join(lines))
+            if shown := "".join(line for line in lines if find_exit_code(line) is None):
+                self._on_output(shown)
+            if code is not None:
+                self.exit_code = code
 
     def finish(self) -> None:
-        if self._partial:
-            self._on_output(self._partial + "\n")
-        self._partial = ""
+        """Passes on a last line without an end."""
+        with self._lock:
+            if self._partial:
+                self._on_output(self._partial + "\n")
+            self._partial = ""
 
 
 class _LogFollower(threading.Thread):
-    """Follows the job's log over a websocket; after a broken connection it skips what it has had."""
+    """Follows the job's log over a websocket, about two seconds late, and again after a broken connection."""
 
     def __init__(self, client: Any, job_id: str, keep: _Keeper) -> None:
         super().__init__(name="job-log", daemon=True)
         self._client, self._job_id, self._keep = client, job_id, keep
-        self._seen = 0
-        self._give_up = threading.Event()
+        self.done = threading.Event()
 
     def run(self) -> None:
-        while not self._give_up.is_set():
+        while not self.done.is_set():
             try:
                 asyncio.run(self._follow())
             except (OSError, RuntimeError):
-                self._give_up.wait(1.0)
+                self.done.wait(1.0)
             else:
                 return
-
-    def finish(self, patience_s: float) -> None:
-        """Waits for the end of the log, but not for ever."""
-        self._give_up.set()
-        self.join(patience_s)
-        self._keep.finish()
 
     async def _follow(self) -> None:
         position = 0
         async for text in self._client.tail_job_logs(self._job_id):
-            start, position = position, position + len(text)
-            if position > self._seen:
-                new = text[max(0, self._seen - start) :]
-                self._seen = position
-                self._keep.add(new)
+            if self.done.is_set():
+                return
+            self._keep.add(text, position)
+            position += len(text)
 
 
 @contextlib.contextmanager

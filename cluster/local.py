@@ -1,5 +1,6 @@
 """The local launcher: one process per rank on this machine, without Ray, without ports."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,9 +28,10 @@ LEAVING_S = 15.0  # between a rank's report and the end of its process
 
 
 def print_line(text: str) -> None:
-    """Writes rank 0's lines to this terminal as they come."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Writes rank 0's lines to this terminal as they come; a terminal that is gone must not end the run."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def run(

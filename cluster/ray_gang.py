@@ -131,7 +131,9 @@ class Gang:
                     entry, payload_text, context.to_json(), self.spec.threads_per_worker, where, generation > 0
                 )
             )
-        self._get(begins, "the start of the entry", ranked=True)
+        paths = self._get(begins, "the start of the entry", ranked=True)
+        for worker, path in zip(self.workers, paths, strict=True):
+            worker.place["log"] = path
 
     def wait(self) -> None:
         """Returns when every rank has reported, or when those left have to be killed."""
@@ -233,12 +235,15 @@ class Gang:
                 worker.lost = True
                 self._note(rank, "timeout", f"its worker has not answered for {self.spec.unresponsive_s:g} s")
                 self._fail_soon()
-        time.sleep(max(0.0, POLL_S - (time.monotonic() - began)))
+        pause = POLL_S * max(1.0, len(self.workers) / 64)
+        time.sleep(max(0.0, pause - (time.monotonic() - began)))
 
     def _lose(self, rank: int, worker: _Worker, error: Exception) -> None:
         worker.lost = True
         end = last_lines(rank_log(self.log_dir, rank))
         output = f"\nits last output:\n{end}" if end else ""
+        if worker.kept_log:
+            output += f"\nthe node {worker.place['address']} may hold more of it in {worker.place.get('log')}"
         self._note(rank, "killed", f"its worker is gone: {_short(error)}{output}")
         self._fail_soon()
 

@@ -74,6 +74,8 @@ class RankActor:
         """{"report": the entry's report or None, "text": new output where this node keeps the log, else ""}."""
         report = self._report  # read before the output, so that a finished rank's output is complete
         text = self._tail.read(everything=report is not None) if self._tail else ""
+        if self._tail and report is not None:
+            self._tail.path.unlink(missing_ok=True)  # all of it is handed over; after a crash it stays to be looked at
         return {"report": report, "text": text}
 
     def stop(self) -> None:

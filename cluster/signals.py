@@ -1,10 +1,10 @@
-"""Turns SIGINT and SIGTERM into two events: stop gracefully, then stop now."""
+"""Turns SIGINT, SIGTERM and SIGHUP into two events: stop gracefully, then stop now."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
@@ -35,6 +35,8 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in self._signals:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup
             previous = signal.signal(number, self._handle)
             if previous != self._handle:
                 self._previous.setdefault(number, previous or signal.SIG_DFL)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster import jobs
+from cluster.ray_local import start_local
 from cluster.staging import stage
 
 pytestmark = pytest.mark.ray
@@ -88,3 +89,26 @@ def test_the_token_is_wanted(ray_cluster, job_dir, monkeypatch):
 def test_nobody_at_the_address(job_dir):
     with pytest.raises(jobs.JobError, match=r"no Ray dashboard answers at http://127\.0\.0\.1:9"):
         jobs.submit(["true"], working_dir=job_dir, address="http://127.0.0.1:9")
+
+
+def test_a_cluster_that_goes_away_is_a_failure_in_the_end(job_dir, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "HTTP_PATIENCE_S", 1.0)
+    with start_local(1) as cluster:
+        killed = threading.Thread(target=lambda: None)
+
+        def show(text):
+            nonlocal killed
+            if "up" in text and not killed.ident:
+                killed = threading.Thread(target=cluster.stop)
+                killed.start()
+
+        program = "import time; print('up', flush=True); time.sleep(100)"
+        code = jobs.submit(
+            ["python", "-c", program],
+            working_dir=job_dir,
+            address=cluster.address,
+            token=cluster.token,
+            on_output=show,
+        )
+        killed.join()
+    assert code == 1 and "lost contact with the Ray cluster" in capsys.readouterr().err

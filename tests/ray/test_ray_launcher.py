@@ -150,6 +150,16 @@ def test_output_comes_home_from_nodes_that_do_not_see_the_log_folder(ray_cluster
     assert "rank 0 is here" in run.output
 
 
+def test_the_cause_names_the_log_on_a_node_that_does_not_see_the_log_folder(ray_cluster, tmp_path):
+    run = Driver(ray_cluster, "die", {"rank": 1}, tmp_path, options={"blind": True}).finish()
+    assert run.kinds[0] == [1, "killed"]
+    left = Path(run.error.split("may hold more of it in ")[1].split()[0])
+    assert "last words" in left.read_text()
+    for path in left.parent.glob("trimtab-rank-*.log"):
+        if path.stat().st_mtime >= tmp_path.stat().st_mtime:
+            path.unlink()
+
+
 def test_a_cluster_that_is_not_there_is_reported_at_once(ray_cluster, tmp_path):
     began = time.monotonic()
     run = Driver(ray_cluster, "echo", {}, tmp_path, environment={"RAY_ADDRESS": "127.0.0.1:9"}).finish()
