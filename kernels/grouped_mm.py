@@ -23,17 +23,17 @@ def grouped_linear(
 ) -> Tensor:
     """Multiply each expert's slice of rows by the transpose of that expert's weight.
 
-    Measured on one thread of a 2-core AVX512 CPU, torch 2.13, fp32, forward plus backward, milliseconds. `loop` is the
-    reference, `bmm` a batched product (rows padded to the fullest expert where they are skewed), `torch` is
-    F.grouped_mm under autograd, itself a loop on a CPU:
+    Measured on one thread of a 2-core AVX512 CPU, torch 2.13, fp32, forward plus backward, medians of 40 in one run,
+    milliseconds. `loop` is the reference, `bmm` a batched product (rows padded to the fullest expert where they are
+    skewed), `torch` is F.grouped_mm under autograd, itself a loop on a CPU:
 
-         L    D    N  rows         loop   bmm  torch
-        16  192  128  8192  even   14.1  14.9   13.6
-        16  192  128  8192  skewed 13.8  37.8   13.8
-        32  768  896  4096  even    210   210    212
-        32  768  896  4096  skewed  209   725    216
-        64  256  128   256  even    2.1   1.2    1.5
-        64  128   64    64  even    0.8   0.2    0.4
+         L    D    N  rows          loop    bmm  torch
+        16  192  128  8192  even    14.5   13.7   13.7
+        16  192  128  8192  skewed  13.9   38.4   13.6
+        32  768  896  4096  even     202    201    202
+        32  768  896  4096  skewed   206    721    213
+        64  256  128   256  even     2.4    1.4    1.8
+        64  128   64    64  even     0.6    0.2    0.3
 
     The batched product wins only where experts are tiny and equally full, which routing never grants. So the CPU takes
     the loop.

@@ -45,7 +45,8 @@ class _SwiGLUPair(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The gradient is written into one (..., 2I) buffer; autograd would build both halves and join them."""
+    """Keeps its input only and writes the gradient into one (..., 2I) buffer. Autograd would also keep silu(gate), half
+    as much again, and be a little faster for it on a CPU: 8192 x 128 take 0.93 ms, this 1.1 ms."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ _AT_LEAST_ONE = (
 @dataclass(frozen=True)
 class ModelConfig:
     """Dimensions and rules of one model; the defaults are those of the preset `debug`, but for uncompressed queries
-    (TOML has no null: absent must mean None).
+    (TOML has no null: absent must mean None) and the initial spread.
 
     Args:
         vocab_size: rows of the embedding and of the head.

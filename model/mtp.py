@@ -16,9 +16,11 @@ from model.router import RoutingMemory
 
 class MultiTokenPrediction(nn.Module):
     """Module k joins the hidden states of depth k-1 with the embeddings k tokens ahead. Embedding and head are the
-    main model's. `norm` stands before the head (a checkpoint in DeepSeek's layout calls it shared_head.norm).
+    main model's; the module's own `norm` stands before the head (DeepSeek's layout calls it shared_head.norm).
 
-    Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2, equations 21-23; the halves' order is the released weights'.
+    Source: DeepSeek-V3 (arXiv 2412.19437) section 2.2, equations 21-23. What the paper leaves open follows the programs
+    that serve the released weights: the embedding's half comes first, and a depth hands on what its head sees, that is
+    its normalised hidden states.
     """
 
     def __init__(
@@ -48,13 +50,13 @@ class MultiTokenPrediction(nn.Module):
         """Go one depth further.
 
         Args:
-            hidden: (B, S', D), depth k-1 at position t, before any final normalisation.
+            hidden: (B, S', D), depth k-1 at position t, as its head sees it.
             ahead: (B, S', D), embedding of token t+k.
             cos, sin, mask, memory: as in Block, for S' positions.
 
         Returns:
-            hidden (B, S', D) of depth k, the same normalised for the head, then Block's statistics.
+            hidden (B, S', D) of depth k, normalised for the head, then Block's statistics.
         """
         joined = self.eh_proj(torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1))  # (B, S', D)
         hidden, *statistics = self.block(joined, cos, sin, mask, memory)
-        return (hidden, self.norm(hidden), *statistics)
+        return (self.norm(hidden), *statistics)

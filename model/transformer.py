@@ -93,18 +93,18 @@ class Transformer(nn.Module):
             hidden, *of_layer = self._run(layer, hidden, cos, sin, mask)
             if of_layer:
                 statistics.append(tuple(of_layer))
-        normed = self.norm(hidden)
+        hidden = self.norm(hidden)
         if targets is None:
-            return ModelOutput(self.lm_head(normed), None, (), self._collect(statistics, embedded))
-        rows, row_targets = [normed.flatten(0, 1)], [targets.flatten()]
+            return ModelOutput(self.lm_head(hidden), None, (), self._collect(statistics, embedded))
+        rows, row_targets = [hidden.flatten(0, 1)], [targets.flatten()]
         depths = self._prediction_depths(tokens.shape[1])
         for k in depths:
             hidden, ahead = hidden[:, :-1], embedded[:, k:]  # (B, S-k, D)
             cos, sin = cos[:-1], sin[:-1]
             mask = None if mask is None else mask[:, :, :-1, :-1]
-            hidden, normed, *of_layer = self._run(self.mtp[k - 1], hidden, ahead, cos, sin, mask)
+            hidden, *of_layer = self._run(self.mtp[k - 1], hidden, ahead, cos, sin, mask)
             statistics.append(tuple(of_layer))
-            rows.append(normed.flatten(0, 1))
+            rows.append(hidden.flatten(0, 1))
             row_targets.append(targets[:, k:].flatten())
         # One call of the head for all depths: its weight is gathered and its gradient reduced once.
         losses = self.lm_head(torch.cat(rows), torch.cat(row_targets)).split([part.shape[0] for part in rows])
