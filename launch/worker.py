@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cluster.context import RankContext
+from launch.allocator import keep_freed_memory
 from launch.config import Config, from_tables
 from launch.runfolder import RunFolder
 from launch.session import assemble
@@ -27,6 +28,7 @@ def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
     """
     config = from_tables(payload["config"])
     plain = context.launcher == "debug"
+    keep_freed_memory()
     device = choose_device(config.cluster.accelerator, context.device_index)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -222,9 +222,7 @@ class ModelConfig:
                 f"use one of {divisors}"
             )
         if self.topk_group > groups:
-            found.append(
-                f"model.topk_group = {self.topk_group} exceeds n_group = {groups}; use at most {groups}"
-            )
+            found.append(f"model.topk_group = {self.topk_group} exceeds n_group = {groups}; use at most {groups}")
         if found:
             return found
         size = experts // groups

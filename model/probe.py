@@ -96,9 +96,7 @@ def _experts_hook(layer: str, part: str, first: int) -> Callable[[nn.Module, Any
         _check(args[0], layer, f"{part} input", rows_per_expert, first)
         _check(output, layer, f"{part} output", rows_per_expert, first)
         if output.requires_grad:
-            output.register_hook(
-                lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, first)
-            )
+            output.register_hook(lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, first))
 
     return check
 

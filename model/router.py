@@ -45,9 +45,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         experts = config.n_routed_experts
-        self.weight = nn.Parameter(
-            torch.full((experts, config.hidden_size), float("nan"), device=device, dtype=dtype)
-        )
+        self.weight = nn.Parameter(torch.full((experts, config.hidden_size), float("nan"), device=device, dtype=dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32, device=device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:

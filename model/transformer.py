@@ -73,9 +73,7 @@ class Transformer(nn.Module):
             MultiTokenPrediction(config, exchange, device, dtype) for _ in range(config.num_nextn_predict_layers)
         )
 
-    def forward(
-        self, tokens: Tensor, doc_ids: Tensor | None = None, targets: Tensor | None = None
-    ) -> ModelOutput:
+    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, targets: Tensor | None = None) -> ModelOutput:
         """Predict, or measure the prediction.
 
         Args:

@@ -1,5 +1,7 @@
 """Layouts of ranks: groups partition the world, experts are held once per group."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def test_slices_cover_everything_once(numel: int, parts: int) -> None:
     bounds = [slice_bounds(numel, parts, part) for part in range(parts)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == numel
-    assert all(before[1] == after[0] for before, after in zip(bounds, bounds[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(bounds))
     assert max(stop - start for start, stop in bounds) - min(stop - start for start, stop in bounds) <= 1
 
 
