@@ -8,7 +8,7 @@ from launch.resume import differences, refused_changes
 
 @pytest.mark.parametrize(
     "assignment",
-    ["train.steps=9", "cluster.workers=4", "parallel.zero_stage=3", "train.micro_batch_size=4",
+    ["train.steps=9", "cluster.workers=4", "parallel.zero_stage=3", "train.micro_batch_size=2",
      "checkpoint.every_steps=3", "telemetry.heatmap_every_steps=5", "optimizer.lr=1e-4", "data.path=elsewhere"],
 )  # fmt: skip
 def test_layout_length_and_saving_may_change(assignment: str) -> None:
