@@ -1,5 +1,6 @@
 """The entry of every rank: joins the others, builds a session, resumes, trains."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
     config = from_tables(payload["config"])
     plain = context.launcher == "debug"
     keep_freed_memory()
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 calls deprecated, once a process.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     device = choose_device(config.cluster.accelerator, context.device_index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
