@@ -2,11 +2,13 @@
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
 from launch.config import dump
+from launch.lock import only_driver
 from launch.preflight import Plan, pack_if_needed
 from launch.runfolder import RunFolder
 
@@ -25,8 +27,16 @@ def start(plan: Plan, cause: str) -> LaunchResult:
     Args:
         plan: from `preflight.check`.
         cause: why the run is started, for events.jsonl.
+
+    Raises:
+        ConfigError: another process is training into the same folder.
     """
     first = is_first(plan.launcher)
+    with only_driver(plan.run) if first else nullcontext():
+        return _start(plan, cause, first)
+
+
+def _start(plan: Plan, cause: str, first: bool) -> LaunchResult:
     for note in plan.notes if first else ():
         say(note)
     if first:

@@ -72,3 +72,14 @@ def test_zero(reference: dict, world: int, stage: int) -> None:
     for rank, results in enumerate(by_rank):
         for case, result in zip(cases, results, strict=True):
             assert_same(result, reference, f"rank {rank} of {world}, [ep, stage, accumulation, recompute] = {case}")
+
+
+@pytest.mark.slow
+def test_bf16_follows_fp32_and_keeps_the_bias_exact(reference: dict) -> None:
+    """Working weights in bf16 over fp32 masters: losses stay near, the bias still moves in whole steps."""
+    cases = [[2, stage, 1, False, "bf16"] for stage in (1, 2, 3)]
+    for result in run_ranks(2, "tests.ranks.training:zero_cases", {"cases": cases})[0]:
+        assert result["losses"] == pytest.approx(reference["losses"], rel=0.02)
+        assert result["dtypes"] == ["torch.float32"]
+        steps = [value / training.BALANCE.rate for layer in result["biases"][-1] for value in layer]
+        assert steps == pytest.approx([round(step) for step in steps], abs=1e-4)

@@ -161,18 +161,21 @@ def zero_cases(rank: int, world_size: int, payload: dict) -> list[dict]:
     return [zero(rank, *case) for case in payload["cases"]]
 
 
-def zero(rank: int, ep_size: int, stage: int, accumulation: int, recompute: bool) -> dict:
-    """Five steps under DeepSpeed at one layout."""
+def zero(
+    rank: int, ep_size: int, stage: int, accumulation: int, recompute: bool, precision: str = "fp32", steps: int = 5
+) -> dict:
+    """Steps under DeepSpeed at one layout."""
     from parallel.zero import ZeroEngine
 
     ranks = process_ranks(ep_size, 120)
     model = build(ranks, recompute)
     engine = ZeroEngine(
-        model, OPTIMIZER, ranks.layout, stage=stage, n_experts=MODEL.n_routed_experts, precision="fp32",
+        model, OPTIMIZER, ranks.layout, stage=stage, n_experts=MODEL.n_routed_experts, precision=precision,
         micro_batch_size=SEQUENCES // ranks.layout.world_size // accumulation, accumulation_steps=accumulation,
         device=torch.device("cpu"), local_rank=rank,
     )  # fmt: skip
-    result = train(engine, model, ranks, accumulation, range(5))
+    result = train(engine, model, ranks, accumulation, range(steps))
+    result["dtypes"] = sorted({str(bias.dtype) for bias in routers(model).values()})
     engine.close()
     return result
 
