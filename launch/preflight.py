@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.dataset import describe
+from data.dataset import Description, describe
 from data.errors import DataError
 from data.pack import builtin_at, pack_builtin
 from launch import runfolder
@@ -74,10 +74,11 @@ def check(
     problems += layout_problems(config, launcher, world_size)
     if local_cluster:
         problems += local_capacity_problems(config)
-    builtin, data_notes = _check_data(config, problems)
-    notes += data_notes
+    builtin, data = _check_data(config, problems)
+    if data is not None:
+        notes.append(f"data: reusing {data.path} ({data.n_tokens:,} tokens, {data.tokenizer})")
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
-    done = _check_run(folder, config, resume, tuple(accepted or ()), problems, notes)
+    done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return Plan(config, folder, launcher, world_size, resume, tuple(accepted or ()), builtin, done, tuple(notes))
@@ -103,30 +104,36 @@ def local_capacity_problems(config: Config) -> list[str]:
     return found
 
 
-def _check_data(config: Config, problems: list[str]) -> tuple[str, list[str]]:
-    """Appends what is wrong with the data; returns the built-in corpus to pack, if any, and notes."""
+def _check_data(config: Config, problems: list[str]) -> tuple[str, Description | None]:
+    """Appends what is wrong with the data; returns the built-in corpus to pack, if any, and what is there."""
     path = config.data.path
     if config.data.mode != "indexed":
         problems.append('data.mode = "stream" cannot be trained on yet; pack the data and use data.mode = "indexed"')
-        return "", []
+        return "", None
     name = builtin_at(path)
     if name and not (Path(path) / "manifest.json").exists() and not (Path(path).exists() and any(Path(path).iterdir())):
-        return name, []
+        return name, None
     try:
         data = describe(path)
     except DataError as error:
         problems.append(str(error))
-        return "", []
+        return "", None
     if data.vocab_size > config.model.vocab_size:
         problems.append(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {data.vocab_size} tokens of {path} "
             f"({data.tokenizer}); use model.vocab_size={data.vocab_size} or more, or pack with a smaller tokenizer"
         )
-    return "", [f"data: reusing {path} ({data.n_tokens:,} tokens, {data.tokenizer})"]
+    return "", data
 
 
 def _check_run(
-    folder: Path, config: Config, resume: str, accepted: tuple[str, ...], problems: list[str], notes: list[str]
+    folder: Path,
+    config: Config,
+    resume: str,
+    accepted: tuple[str, ...],
+    data: Description | None,
+    problems: list[str],
+    notes: list[str],
 ) -> bool:
     """Appends what is wrong with the run's folder; returns whether the run is complete."""
     wrong = runfolder.problem(folder)
@@ -144,6 +151,12 @@ def _check_run(
         )
         return False
     problems += refused_changes(saved.config, config, accepted)
+    trained_on = saved.fingerprint()
+    if data is not None and trained_on and trained_on != data.fingerprint and not {"data", "data.path"} & set(accepted):
+        problems.append(
+            f"data.path = {data.path} holds another dataset (fingerprint {data.fingerprint[:12]}) than the run was "
+            f"trained on ({trained_on[:12]}); give that one, another --run, or accept it with --accept-change data.path"
+        )
     if saved.step >= config.train.steps:
         notes.append(
             f"run: {folder} is complete ({saved.step} steps), nothing is trained; train.steps={saved.step * 2} goes on "

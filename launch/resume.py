@@ -1,5 +1,6 @@
 """What a resumed run may change, and what it may not: a pure comparison of two configurations."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ class SavedRun:
     def step(self) -> int:
         """Steps that the newest checkpoint holds."""
         return int(self.newest.name.removeprefix("step-"))
+
+    def fingerprint(self) -> str:
+        """Of the dataset that it was trained on; empty when the manifest cannot be read, which loading will report."""
+        try:
+            return str(json.loads((self.newest / "manifest.json").read_text()).get("fingerprint", ""))
+        except (OSError, ValueError):
+            return ""
 
 
 def saved_config(folder: Path, config: Config) -> SavedRun | None:

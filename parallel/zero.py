@@ -8,8 +8,9 @@ if it is told which is which. What it looks for (0.19), all of it in this file:
 - some module in the model that is an instance of its `MoE` (stages 0 to 2) or `AutoEPMoELayer` (stage 3); an empty one
   is enough, its `__init__` need not run, and its method `set_deepspeed_parallelism` is where groups are registered.
 
-Its gradient norm counts only one rank's experts, so the norm is computed here: in stages 1 to 3 every gradient element
-lives on exactly one rank, and the sum of squares over all ranks is the true norm.
+The gradient norm is computed here, for all stages in one way and before the step is judged: in stages 1 to 3 every
+gradient element lives on exactly one rank, so the sum of squares over all ranks is the true norm; in stage 0 DeepSpeed
+would average the norms of ranks that hold different experts.
 """
 
 import logging
