@@ -96,6 +96,12 @@ def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:
         shown = run.path.relative_to(Path.cwd())
     except ValueError:
         shown = run.path
+    without_bias = [
+        f"    .venv/bin/trimtab train {shown}/config.toml balance.rule=none --launcher local --run {shown}-no-bias",
+        f"    .venv/bin/trimtab compare {shown} {shown}-no-bias",
+    ]
+    if not figures.get("bias_abs_max"):  # this is the run without it
+        without_bias = []
     return [
         "",
         f"  Run {run.path.name}: {figures.get('steps', '-')} steps",
@@ -111,7 +117,6 @@ def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:
         f"    .venv/bin/{how_to_view(run.tensorboard)}",
         f"    .venv/bin/trimtab generate {shown} --prompt 'import ' --temperature 0.8",
         f"    .venv/bin/trimtab data audit {shown}",
-        f"    .venv/bin/trimtab train debug balance.rule=none --launcher local --run {shown}-no-bias",
-        f"    .venv/bin/trimtab compare {shown} {shown}-no-bias",
+        *without_bias,
         "",
     ]

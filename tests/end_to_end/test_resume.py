@@ -85,7 +85,9 @@ def test_a_damaged_newest_checkpoint_falls_back_and_says_so(trimtab, config: Pat
 
 
 def test_a_finished_run_is_shown_again_at_once(trimtab, config: Path, half: Path) -> None:
-    done = trimtab("train", config, "train.steps=3", "optimizer.schedule=constant", "--launcher", "debug", "--run", half)
+    done = trimtab(
+        "train", config, "train.steps=3", "optimizer.schedule=constant", "--launcher", "debug", "--run", half
+    )
     assert done.returncode == 0
     assert "is complete (3 steps), nothing is trained" in done.stdout
     assert len([event for event in events(half) if event["kind"] == "start"]) == 1
