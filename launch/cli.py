@@ -94,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         "verify", help="read every byte back", epilog="example: trimtab checkpoint verify runs/debug"
     )
     verify.add_argument("run", type=Path)
+    verify.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     verify.set_defaults(run_command=_checkpoint_verify)
 
     from launch.data_commands import add_data_commands
@@ -112,6 +113,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
         "--accept-change", action="append", default=[], metavar="KEY", help="resume although this key has changed"
     )
     parser.add_argument("--no-summary", action="store_true", help="do not evaluate and summarise at the end")
+    parser.add_argument("--json", action="store_true", help="print the run's figures as one JSON object at the end")
 
 
 def _train(options: Any) -> int:
@@ -147,23 +149,29 @@ def _train(options: Any) -> int:
     from launch.start import is_first, report_end, say, start
 
     if plan.done:
-        return _already_done(plan, say) if is_first(plan.launcher) else EXIT_OK
+        return _already_done(plan, say, options.json) if is_first(plan.launcher) else EXIT_OK
     result = start(plan, cause=f"trimtab train {options.config}")
     if not is_first(plan.launcher):
         return result.exit_code
     status = report_end(plan, result)
     if status == EXIT_OK and not options.no_summary:
         _summarize(plan, say)
+    if options.json:
+        from launch.summary import figures_of
+
+        print(json.dumps({"exit_status": status, **figures_of(plan.run)}))
     return status
 
 
-def _already_done(plan: Any, say: Callable[[str], None]) -> int:
+def _already_done(plan: Any, say: Callable[[str], None], as_json: bool) -> int:
     """Says what a complete run is, without training or evaluating again."""
     from launch.summary import show_summary
 
     for note in plan.notes:
         say(note)
-    show_summary(plan.run, say)
+    figures = show_summary(plan.run, say)
+    if as_json:
+        print(json.dumps({"exit_status": EXIT_OK, **figures}))
     return EXIT_OK
 
 
@@ -249,19 +257,22 @@ def _checkpoint_verify(options: Any) -> int:
     from parallel.checkpoint import CheckpointError, damaged_files, open_checkpoint
 
     _require_run(options.run)
-    status = EXIT_OK
+    status, found = EXIT_OK, {}
     for path in committed_checkpoints(options.run):
         try:
             saved = open_checkpoint(path)
             wrong = damaged_files(saved)
         except CheckpointError as error:
             wrong = [str(error)]
+        found[str(path)] = wrong
         for line in wrong:
             print(line)
             status = EXIT_FAILED
         if not wrong:
             files, tensors = len(saved.manifest["files"]), len(saved.manifest["tensors"])
             print(f"{path}: {files} files, {tensors} tensors, all as written")
+    if options.json:
+        print(json.dumps({"checkpoints": found}))
     return status
 
 

@@ -1,5 +1,6 @@
 """`trimtab submit`: the same training through `ray job submit`, on a cluster that runs or on a local one of its own."""
 
+import json
 import os
 import shlex
 import sys
@@ -38,7 +39,9 @@ def submit(options: Any) -> int:
     if plan.done:
         from launch.summary import show_summary
 
-        show_summary(plan.run, say)
+        figures = show_summary(plan.run, say)
+        if options.json:
+            print(json.dumps({"exit_status": EXIT_OK, **figures}))
         return EXIT_OK
     pack_if_needed(plan, say)
     with ExitStack() as stack:
@@ -56,7 +59,8 @@ def submit(options: Any) -> int:
                 return EXIT_FAILED
             say(f"ray: ready after {cluster.seconds_to_start:.1f} s at {cluster.address}")
             address, token = cluster.address, cluster.token
-            stack.callback(lambda: say("ray: stopping the local cluster"))
+            if not options.json:  # the object stays the last line
+                stack.callback(lambda: say("ray: stopping the local cluster"))
         status = _run_job(plan, options, address, token)
     if status == EXIT_OK and not plan.run.exists():
         say(f"the job is done; its run folder {plan.run} is on the cluster's storage")
@@ -71,6 +75,7 @@ def _run_job(plan: Plan, options: Any, address: str, token: str | None) -> int:
     command = ["python", "-m", "launch", "train", CONFIG_FILE, "--launcher", "ray", "--run", str(plan.run)]
     command += ["--resume", plan.resume, *(f"--accept-change={key}" for key in plan.accepted)]
     command += ["--no-summary"] if options.no_summary else []
+    command += ["--json"] if options.json else []
     if token is not None:  # a local cluster: the job runs under this very interpreter
         command[0] = sys.executable
     with tempfile.TemporaryDirectory(prefix="trimtab-job-") as folder:

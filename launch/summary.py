@@ -61,18 +61,23 @@ def show_summary(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         folder: the run's folder.
         say: receives the lines.
     """
+    figures = figures_of(folder)
+    for line in lines(figures, RunFolder(folder)):
+        say(line)
+    return figures
+
+
+def figures_of(folder: Path) -> dict[str, Any]:
+    """The figures of the summary, from the run's files."""
     run = RunFolder(folder)
     evaluations = [event for event in read_records(run.events_path) if event.get("kind") == "evaluation"]
     saves = [event for event in read_records(run.events_path) if event.get("kind") == "save"]
-    figures = {
+    return {
         **summarize(folder),
         **(evaluations[-1] if evaluations else {}),
         "checkpoint": saves[-1]["path"] if saves else None,
         "report": str(run.report),
     }
-    for line in lines(figures, run):
-        say(line)
-    return figures
 
 
 def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:

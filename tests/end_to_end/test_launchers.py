@@ -1,5 +1,6 @@
 """The same training through every launcher: the same losses, counts and biases."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,10 @@ def test_debug_local_ray_and_mpi_give_the_same_numbers(trimtab, config: Path, tm
         "ray": ["submit", config],
     }
     for name, command in commands.items():
-        done = trimtab(*command, "--run", tmp_path / name, "--no-summary")
+        done = trimtab(*command, "--run", tmp_path / name, "--no-summary", "--json")
         assert done.returncode == 0, f"{name}: {done.stdout}\n{done.stderr}"
+        figures = json.loads(done.stdout.splitlines()[-1])
+        assert (figures["exit_status"], figures["last_step"]) == (0, 6)
     done = trimtab(
         config, "--launcher", "mpi", "--run", tmp_path / "mpi", "--no-summary",
         command=[mpirun, "-n", "2", sys.executable, "-m", "launch", "train"], **mpirun_environment(),
