@@ -1,6 +1,7 @@
 """Everything that can be checked before a process group, Ray or even torch is started; all problems in one message."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def _check_run(
     return False
 
 
-def pack_if_needed(plan: Plan, say) -> None:  # type: ignore[no-untyped-def]
+def pack_if_needed(plan: Plan, say: Callable[[str], None]) -> None:
     """Packs the built-in corpus that the run needs, with progress through `say(text)`, and checks its vocabulary.
 
     Raises:
@@ -187,7 +188,7 @@ def pack_if_needed(plan: Plan, say) -> None:  # type: ignore[no-untyped-def]
         )
 
 
-def _progress(say):  # type: ignore[no-untyped-def]
+def _progress(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
     """A progress callback (stage, done, total) that says something at the start of each stage."""
     seen: set[str] = set()
 

@@ -8,6 +8,7 @@ from typing import Any
 from launch.config import Config, ConfigError, read
 from launch.runfolder import RunFolder
 from launch.schema import show
+from launch.telemetry import dotted
 
 # Sections and keys that decide the model, the order of the data or the size of the step.
 _FIXED_SECTIONS = ("model",)
@@ -57,7 +58,7 @@ def saved_config(folder: Path, config: Config) -> SavedRun | None:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Every key whose value differs, as dotted key -> (old, new)."""
-    before, after = _flat(asdict(old)), _flat(asdict(new))
+    before, after = dotted(asdict(old)), dotted(asdict(new))
     keys = [*before, *(key for key in after if key not in before)]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
@@ -76,13 +77,3 @@ def refused_changes(old: Config, new: Config, accepted: tuple[str, ...]) -> list
                 f"{show(before)}, or accept it with --accept-change {key}"
             )
     return found
-
-
-def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -5,7 +5,6 @@ import json
 import resource
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from parallel.ranks import Ranks
 
 @dataclass
 class Session:
-    """Everything that one rank trains with. `dump` asks nothing of other ranks; `save` and `resume` are collective."""
+    """Everything that one rank trains with; `save` and `resume` are collective."""
 
     config: Config
     run: RunFolder
@@ -136,7 +135,6 @@ def assemble(
     *,
     local_rank: int = 0,
     plain: bool = False,
-    say: Callable[[str], None] | None = None,
 ) -> Session:
     """Builds one rank's session; collective.
 
@@ -144,7 +142,6 @@ def assemble(
         plain: torch's AdamW instead of DeepSpeed (debug launcher).
         local_rank: place on the node, for DeepSpeed.
         stop: set when a graceful stop was asked for.
-        say: receives a line about each slow step of the start.
     """
     exchange: Exchange = AllToAllExchange(ranks.ep) if ranks.layout.ep_size > 1 else LocalExchange()
     model = Transformer(config.model, exchange, recompute=config.parallel.recompute)
