@@ -91,6 +91,9 @@ class Split:
 
     def records(self, shard: int) -> np.ndarray:
         """The index records of a shard, (n,) of dtype RECORD, memory-mapped."""
+        known = self._records.get(shard)
+        if known is not None:
+            return known
         with self._lock:
             if shard not in self._records:
                 info = self.info.shards[shard]
@@ -104,28 +107,39 @@ class Split:
         """Tokens of each document of a shard, (n,) int64, each with its end token."""
         return self.records(shard)["n_tokens"].astype(np.int64)
 
-    def read(self, shard: int, row: int) -> np.ndarray:
-        """All tokens of a document, (n,) of the stored dtype, read-only, checksum and vocabulary verified.
+    def read(self, shard: int, row: int, *, in_vocabulary: bool = True) -> np.ndarray:
+        """All tokens of a document, (n,) of the stored dtype, read-only, its checksum verified.
+
+        Args:
+            shard, row: which document.
+            in_vocabulary: check every token against the vocabulary too; who does not, calls `check_vocabulary`.
 
         Raises:
             DamagedSampleError: the bytes are not those that were packed, or a token is outside the vocabulary.
         """
-        record = self.records(shard)[row]
-        raw = self._reader.read(shard, int(record["offset"]), int(record["nbytes"]))
-        return self._check(shard, record, raw)
+        _, offset, nbytes, _, checksum = self.records(shard)[row].item()
+        raw = self._reader.read(shard, offset, nbytes)
+        if len(raw) != nbytes or crc32c(raw) != checksum:
+            short = len(raw) != nbytes
+            problem = f"the shard ends inside it ({len(raw)} of {nbytes} bytes)" if short else "its checksum is wrong"
+            self._damaged(shard, self.records(shard)[row], problem)
+        tokens = np.frombuffer(raw, self.dtype)
+        if in_vocabulary:
+            self.check_vocabulary(shard, row, tokens)
+        return tokens
 
     def read_range(self, shard: int, row: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document without the checksum, for documents that `read` has verified before.
+        """Tokens [start, stop) of a document without any check, for documents that `read` has verified before.
 
         Raises:
-            DamagedSampleError: the shard has become shorter, or a token is outside the vocabulary.
+            DamagedSampleError: the shard has become shorter.
         """
         record = self.records(shard)[row]
         itemsize = self.dtype.itemsize
         raw = self._reader.read(shard, int(record["offset"]) + start * itemsize, (stop - start) * itemsize)
         if len(raw) != (stop - start) * itemsize:
             self._damaged(shard, record, "the shard ends inside it")
-        return self._in_vocabulary(shard, record, np.frombuffer(raw, self.dtype))
+        return np.frombuffer(raw, self.dtype)
 
     def read_text(self, shard: int, row: int) -> bytes:
         """The raw text that a held-out sample stores behind its tokens.
@@ -144,6 +158,16 @@ class Split:
             self._damaged(shard, record, "the shard ends inside its raw text")
         return raw
 
+    def check_vocabulary(self, shard: int, row: int, tokens: np.ndarray) -> None:
+        """Checks tokens (n,) of a document.
+
+        Raises:
+            DamagedSampleError: one is outside the vocabulary.
+        """
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            problem = f"token {int(tokens.max())} is outside the vocabulary of {self.vocab_size}"
+            self._damaged(shard, self.records(shard)[row], problem)
+
     def key(self, shard: int, row: int) -> str:
         """A sample's key as the shard's tar header has it; its hash in hex where the header is unreadable."""
         return self._key(shard, self.records(shard)[row])
@@ -151,18 +175,6 @@ class Split:
     def close(self) -> None:
         """Closes the shards' files."""
         self._reader.close()
-
-    def _check(self, shard: int, record: np.void, raw: bytes) -> np.ndarray:
-        if len(raw) != int(record["nbytes"]):
-            self._damaged(shard, record, f"the shard ends inside it ({len(raw)} of {int(record['nbytes'])} bytes)")
-        if crc32c(raw) != int(record["crc32c"]):
-            self._damaged(shard, record, "its checksum is wrong")
-        return self._in_vocabulary(shard, record, np.frombuffer(raw, self.dtype))
-
-    def _in_vocabulary(self, shard: int, record: np.void, tokens: np.ndarray) -> np.ndarray:
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
-            self._damaged(shard, record, f"token {int(tokens.max())} is outside the vocabulary of {self.vocab_size}")
-        return tokens
 
     def _key(self, shard: int, record: np.void) -> str:
         fallback = f"#{int(record['key_hash']):016x}"

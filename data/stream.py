@@ -207,43 +207,70 @@ class Stream:
             for start in range(0, len(ids), self._micro_batch_size)
         ]
 
-    def _assemble(self, ids: np.ndarray) -> MicroBatch:
-        """Reads and lays out the sequences of one micro-batch."""
-        shape = (len(ids), self._plan.seq_len)
+    def _assemble(self, ids: np.ndarray, *, each_checked: bool = False) -> MicroBatch:
+        """Reads and lays out the sequences of one micro-batch.
+
+        Tokens are copied in their stored width, one token more than a sequence has targets, and both tensors are
+        widened from that at once. The vocabulary is checked at once too: only if a token is outside it, everything is
+        laid out again, `each_checked`, to find out whose it is.
+        """
+        n, seq_len = len(ids), self._plan.seq_len
         eod_id = self._dataset.manifest.eod_id
-        tokens, targets = np.full(shape, eod_id, np.int64), np.full(shape, eod_id, np.int64)
-        doc_ids, mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        stored = np.full((n, seq_len + 1), eod_id, self._dataset.train.dtype)
+        doc_ids = np.zeros((n, seq_len), np.int64)
+        contexts: list[tuple[int, int, int]] = []
+        filled = []
         for row, sequence in enumerate(ids.tolist()):
             if self._closed.is_set():
                 raise DataError("the stream was closed while it was read")
             try:
-                self._fill(sequence, tokens[row], targets[row], doc_ids[row], mask[row])
+                n_targets, own_contexts = self._fill(sequence, stored[row], doc_ids[row], each_checked)
             except DamagedSampleError as error:
                 if self._on_damage == "fail":
                     raise
                 self._quarantine(sequence, error)
-                tokens[row], targets[row], doc_ids[row], mask[row] = eod_id, eod_id, 0, False
-        return MicroBatch(*(torch.from_numpy(array) for array in (tokens, targets, doc_ids, mask, ids.copy())))
+                stored[row], doc_ids[row], n_targets, own_contexts = eod_id, 0, 0, []
+            filled.append(n_targets)
+            contexts += [(row, column, token) for column, token in own_contexts]
+        if not each_checked and int(stored.max()) >= self._dataset.train.vocab_size:
+            return self._assemble(ids, each_checked=True)
+        tokens, targets = stored[:, :-1].astype(np.int64), stored[:, 1:].astype(np.int64)
+        for row, column, token in contexts:
+            tokens[row, column] = token
+        mask = np.ones((n, seq_len), bool)
+        for row, n_targets in enumerate(filled):
+            if n_targets < seq_len:
+                mask[row, n_targets:] = False
+        return MicroBatch(*map(torch.from_numpy, (tokens, targets, doc_ids, mask, ids.copy())))
 
     def _fill(
-        self, sequence: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray
-    ) -> None:
-        """Lays out one sequence's pieces in rows (S,) that hold padding beforehand."""
+        self, sequence: int, stored: np.ndarray, doc_ids: np.ndarray, checked: bool
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Lays out one sequence in rows (seq_len + 1,) of end tokens and (seq_len,) of zeros.
+
+        Returns:
+            How many targets it has, and (column, token) where the token in front of a piece is not the target before.
+        """
         at = 0
-        for number, piece in enumerate(self._plan.pieces(sequence)):
-            end = at + piece.stop - piece.start
-            context = piece.start - 1 if piece.start else 0
-            text = self._cache.tokens(piece.shard, piece.row, context, piece.stop)
-            if piece.start:
-                tokens[at:end] = text[:-1]
-                targets[at:end] = text[1:]
-            else:  # the end token, already there as padding, stands in front of a document's first token
-                tokens[at + 1 : end] = text[:-1]
-                targets[at:end] = text
+        contexts = []
+        for number, (shard, document, start, stop) in enumerate(self._plan.pieces(sequence)):
+            end = at + stop - start
+            if start == 0:  # in front of it stands an end token: the document's before it, or padding
+                text = self._cache.tokens(shard, document, 0, stop)
+                stored[at + 1 : end + 1] = text
+            else:
+                text = self._cache.tokens(shard, document, start - 1, stop)
+                if number:
+                    contexts.append((at, int(text[0])))
+                    stored[at + 1 : end + 1] = text[1:]
+                else:
+                    stored[: end + 1] = text
             if number:
                 doc_ids[at:] = number
+            if checked:
+                self._dataset.train.check_vocabulary(shard, document, text)
             at = end
-        mask[:at] = True
+        return at, contexts
 
     def _quarantine(self, sequence: int, error: DamagedSampleError) -> None:
         self.quarantined[sequence] = str(error)
