@@ -26,7 +26,7 @@ from data.split import SplitOrder
 from data.windows import Lengths, Piece, PieceTable, Recent
 
 PLAN_VERSION = 1
-_BLOCK = 16  # sequences whose pieces are computed together: a lane reads them one after the other
+_BLOCK = 64  # sequences whose pieces are computed together: a lane reads them one after the other
 
 
 class EpochSteps(NamedTuple):
@@ -142,8 +142,12 @@ class Plan:
 
     def pieces(self, sequence: int) -> list[Piece]:
         """The pieces of documents that make up a sequence, in order."""
+        return list(map(Piece._make, self.layout(sequence)))
+
+    def layout(self, sequence: int) -> list[tuple[int, int, int, int]]:
+        """The same as plain tuples, which are several times faster to make."""
         block, place = divmod(sequence, _BLOCK)
         return self._blocks.get(block)[place]
 
-    def _compute_block(self, block: int) -> list[list[Piece]]:
+    def _compute_block(self, block: int) -> list[list[tuple[int, int, int, int]]]:
         return self._order.table(block * _BLOCK, _BLOCK).by_sequence(_BLOCK)

@@ -1,4 +1,4 @@
-"""The stream: this rank's micro-batches of a step, read from the shards, the next step prefetched in the background."""
+"""The stream: this rank's micro-batches of a step, read from the shards, the next steps' read ahead of need."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from data.dataset import Dataset
 from data.errors import DamagedSampleError, DataError
 from data.ledger import format_hash, hash_sequences, ledger_line
 from data.plan import Plan
+
+_AHEAD = 2  # steps assembled in the background beyond the one that is asked for
 
 
 class MicroBatch(NamedTuple):
@@ -89,7 +91,7 @@ class Stream:
         self._cache = DocumentCache(dataset.train, cache_mb)
         self._on_damage, self._damage_budget, self._timeout_s = on_damage, damage_budget, timeout_s
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="trimtab-data")
-        self._pending: tuple[int, Future[list[MicroBatch]]] | None = None
+        self._pending: dict[int, Future[list[MicroBatch]]] = {}
         self._closed = threading.Event()
         self._consumed: tuple[int, int] | None = None
         self.wait_seconds = 0.0
@@ -109,19 +111,19 @@ class Stream:
             DataError: the quarantine's budget is spent, or the data did not come in time.
         """
         started = time.perf_counter()
-        pending, self._pending = self._pending, None
-        if pending is None or pending[0] != step:
-            if pending is not None:
-                pending[1].cancel()
-            pending = (step, self._executor.submit(self._assemble_step, step))
+        wanted = range(step, step + 1 + _AHEAD)
+        for other in [other for other in self._pending if other not in wanted]:
+            self._pending.pop(other).cancel()
+        for each in wanted:
+            if each not in self._pending:
+                self._pending[each] = self._executor.submit(self._assemble_step, each)
         try:
-            micro_batches = pending[1].result(self._timeout_s)
+            micro_batches = self._pending.pop(step).result(self._timeout_s)
         except FutureTimeoutError as error:
             raise DataError(
                 f"rank {self._dp_rank} waited {self._timeout_s:.0f} s for the data of step {step} in "
                 f"{self._dataset.path}; check that the storage answers"
             ) from error
-        self._pending = (step + 1, self._executor.submit(self._assemble_step, step + 1))
         self.wait_seconds = time.perf_counter() - started
         self.total_wait_seconds += self.wait_seconds
         ids = torch.cat([micro_batch.sequence_ids for micro_batch in micro_batches]).numpy()
@@ -253,7 +255,7 @@ class Stream:
         """
         at = 0
         contexts = []
-        for number, (shard, document, start, stop) in enumerate(self._plan.pieces(sequence)):
+        for number, (shard, document, start, stop) in enumerate(self._plan.layout(sequence)):
             end = at + stop - start
             if start == 0:  # in front of it stands an end token: the document's before it, or padding
                 text = self._cache.tokens(shard, document, 0, stop)

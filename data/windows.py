@@ -51,9 +51,9 @@ class PieceTable(NamedTuple):
     start: np.ndarray
     stop: np.ndarray
 
-    def by_sequence(self, n: int) -> list[list[Piece]]:
-        """The pieces of each of the n sequences."""
-        pieces = list(map(Piece._make, zip(*(column.tolist() for column in self[1:]), strict=True)))
+    def by_sequence(self, n: int) -> list[list[tuple[int, int, int, int]]]:
+        """The pieces of each of the n sequences, each (shard, row, start, stop)."""
+        pieces = list(zip(*(column.tolist() for column in self[1:]), strict=True))
         firsts = np.searchsorted(self.sequence, np.arange(n + 1)).tolist()
         return [pieces[first:stop] for first, stop in pairwise(firsts)]
 

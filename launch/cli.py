@@ -96,9 +96,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("run", type=Path)
     verify.set_defaults(run_command=_checkpoint_verify)
 
+    from launch.bench_commands import add_bench_commands
     from launch.data_commands import add_data_commands
 
     add_data_commands(commands)
+    add_bench_commands(commands)
     return parser
 
 

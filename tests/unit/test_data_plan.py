@@ -300,5 +300,5 @@ def test_sequences_taken_together_are_those_taken_alone(
     plan = make_plan(shards, seq_len=seq_len, packing=packing)
     together = plan._order.table(first, count).by_sequence(count)
     alone = [plan._order.table(sequence, 1).by_sequence(1)[0] for sequence in range(first, first + count)]
-    assert together == alone == [plan.pieces(sequence) for sequence in range(first, first + count)]
+    assert together == alone == [plan.layout(sequence) for sequence in range(first, first + count)]
     assert all(pieces for pieces in alone)
