@@ -203,8 +203,8 @@ def _generate(options: Any) -> int:
         raise ConfigError(["--temperature must not be negative, and --max-new-tokens at least 1"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_run(options.run, device)
-    eod_id = loaded.dataset.manifest.eod_id
-    tokenizer = loaded.dataset.tokenizer
+    tokenizer = loaded.tokenizer
+    eod_id = tokenizer.eod_id
     prompt = [eod_id, *tokenizer.encode(options.prompt).tolist()]
     sys.stdout.write(options.prompt)
     new: list[int] = []

@@ -1,5 +1,6 @@
 """Everything that can be checked before a process group, Ray or even torch is started; all problems in one message."""
 
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,9 +107,8 @@ def local_capacity_problems(config: Config) -> list[str]:
 def _check_data(config: Config, problems: list[str]) -> tuple[str, list[str]]:
     """Appends what is wrong with the data; returns the built-in corpus to pack, if any, and notes."""
     path = config.data.path
-    if config.data.mode != "indexed":
-        problems.append('data.mode = "stream" cannot be trained on yet; pack the data and use data.mode = "indexed"')
-        return "", []
+    if config.data.mode == "stream":
+        return "", _check_foreign(config, problems)
     name = builtin_at(path)
     if name and not (Path(path) / "manifest.json").exists() and not (Path(path).exists() and any(Path(path).iterdir())):
         return name, []
@@ -123,6 +123,26 @@ def _check_data(config: Config, problems: list[str]) -> tuple[str, list[str]]:
             f"({data.tokenizer}); use model.vocab_size={data.vocab_size} or more, or pack with a smaller tokenizer"
         )
     return "", [f"data: reusing {path} ({data.n_tokens:,} tokens, {data.tokenizer})"]
+
+
+def _check_foreign(config: Config, problems: list[str]) -> list[str]:
+    """Appends what is wrong with plain tar files; returns notes, the first of which says what they cannot do."""
+    from data.foreign import NOT_RESUMABLE, foreign_files, foreign_tokenizer
+
+    try:
+        files = foreign_files(config.data.path)
+        vocab_size = foreign_tokenizer(config.data).vocab_size
+    except DataError as error:
+        problems.append(str(error))
+        return []
+    if importlib.util.find_spec("webdataset") is None:
+        problems.append('data.mode = "stream" needs the package webdataset; pip install webdataset')
+    if vocab_size > config.model.vocab_size:
+        problems.append(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the {vocab_size} tokens of data.tokenizer = "
+            f"{config.data.tokenizer}; use model.vocab_size={vocab_size} or more"
+        )
+    return [f"data: {len(files)} tar files, NOT RESUMABLE: {NOT_RESUMABLE}"]
 
 
 def _check_run(
@@ -144,6 +164,11 @@ def _check_run(
         )
         return False
     problems += refused_changes(saved.config, config, accepted)
+    if config.data.mode == "stream" and saved.step < config.train.steps:
+        problems.append(
+            f'data.mode = "stream" cannot be resumed, and {folder} has the checkpoint {saved.newest.name}; give '
+            "another --run to start afresh, or pack the data"
+        )
     if saved.step >= config.train.steps:
         notes.append(
             f"run: {folder} is complete ({saved.step} steps), nothing is trained; train.steps={saved.step * 2} goes on "
