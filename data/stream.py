@@ -59,7 +59,8 @@ class Stream:
 
     Attributes:
         wait_seconds: how long the last `read` waited for data; total_wait_seconds: all of them together.
-        quarantined: sequence id -> what was wrong, for the sequences that were masked.
+        quarantined: sequence id -> what was wrong, for the sequences that were masked, read ahead or handed out.
+        n_quarantined: how many of those `read` has handed out on this rank; the ranks' sum goes to `check_damage`.
     """
 
     def __init__(
@@ -97,6 +98,9 @@ class Stream:
         self.wait_seconds = 0.0
         self.total_wait_seconds = 0.0
         self.quarantined: dict[int, str] = {}
+        self.n_quarantined = 0
+        self._masked: set[int] = set()  # handed out; a set, since a rollback hands out again
+        self._damage = [0, 0]  # sequences masked in all ranks: before this process, and since
 
     @property
     def batches(self) -> Batches:
@@ -108,7 +112,7 @@ class Stream:
 
         Raises:
             DamagedSampleError: a sample is damaged (policy "fail"); names shard, key and offset.
-            DataError: the quarantine's budget is spent, or the data did not come in time.
+            DataError: the data did not come in time.
         """
         started = time.perf_counter()
         wanted = range(step, step + 1 + _AHEAD)
@@ -128,7 +132,33 @@ class Stream:
         self.total_wait_seconds += self.wait_seconds
         ids = torch.cat([micro_batch.sequence_ids for micro_batch in micro_batches]).numpy()
         self._consumed = (step, hash_sequences(ids))
+        if self.quarantined:
+            self._masked.update(sequence for sequence in ids.tolist() if sequence in self.quarantined)
+            self.n_quarantined = len(self._masked)
         return micro_batches
+
+    def check_damage(self, total: int) -> int:
+        """Decides by the damage of all ranks, so that all decide alike; `cursor` saves the number from then on.
+
+        Args:
+            total: the ranks' sum of `n_quarantined`.
+
+        Returns:
+            The sequences masked since the run's beginning.
+
+        Raises:
+            DataError: they exceed data.damage_budget.
+        """
+        self._damage[1] = total
+        masked, n_sequences = sum(self._damage), self._plan.n_sequences()
+        allowed = max(1, int(self._damage_budget * n_sequences))
+        if masked > allowed:
+            own = f"; one of them: {next(iter(self.quarantined.values()))}" if self.quarantined else ""
+            raise DataError(
+                f"{masked} damaged sequences exceed data.damage_budget = {self._damage_budget} ({allowed} of "
+                f"{n_sequences} sequences); `trimtab data verify {self._dataset.path}` names what to restore{own}"
+            )
+        return masked
 
     def epoch(self, step: int) -> int:
         """The epoch of a step's first sequence."""
@@ -172,7 +202,7 @@ class Stream:
 
     def cursor(self, next_step: int) -> dict[str, Any]:
         """The cursor in front of a step, plain JSON values."""
-        return cursors.make_cursor(self._plan, self._batches, next_step)
+        return {**cursors.make_cursor(self._plan, self._batches, next_step), "quarantined": sum(self._damage)}
 
     def check_cursor(self, cursor: dict[str, Any]) -> int:
         """Checks that a saved cursor continues this stream and returns its next step.
@@ -189,6 +219,7 @@ class Stream:
                 f"step at sequence {here}; keep train.global_batch_size, or continue from the saved batches "
                 f"(data.cursor.batches_of) with `then(step, size)`"
             )
+        self._damage = [int(cursor.get("quarantined", 0)), 0]
         return step
 
     def close(self) -> None:
@@ -230,7 +261,7 @@ class Stream:
             except DamagedSampleError as error:
                 if self._on_damage == "fail":
                     raise
-                self._quarantine(sequence, error)
+                self.quarantined[sequence] = str(error)
                 stored[row], doc_ids[row], n_targets, own_contexts = eod_id, 0, 0, []
             filled.append(n_targets)
             contexts += [(row, column, token) for column, token in own_contexts]
@@ -273,15 +304,6 @@ class Stream:
                 self._dataset.train.check_vocabulary(shard, document, text)
             at = end
         return at, contexts
-
-    def _quarantine(self, sequence: int, error: DamagedSampleError) -> None:
-        self.quarantined[sequence] = str(error)
-        allowed = max(1, int(self._damage_budget * self._plan.n_sequences()))
-        if len(self.quarantined) > allowed:
-            raise DataError(
-                f"{len(self.quarantined)} damaged sequences exceed data.damage_budget = {self._damage_budget} "
-                f"({allowed} of {self._plan.n_sequences()} sequences); the last one: {error}"
-            ) from error
 
 
 def check_sizes(lanes: int, dp_size: int, batches: int | Batches, micro_batch_size: int) -> list[str]:

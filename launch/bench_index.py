@@ -59,7 +59,5 @@ def resume_times(folder: Path, n_documents: int, batch: int) -> dict[str, Any]:
             seconds = time.perf_counter() - started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             rows.append({"packing": packing, "step": step, "seconds": round(seconds, 4), "peak_mib": round(peak)})
-            lines.append(
-                f"  {packing:<9} step {step:>9,}: {seconds:.3f} s (peak memory so far {peak:.0f} MiB)"
-            )
+            lines.append(f"  {packing:<9} step {step:>9,}: {seconds:.3f} s (peak memory so far {peak:.0f} MiB)")
     return {"documents": n_documents, "shards": n_shards, "rows": rows, "lines": lines}

@@ -47,6 +47,7 @@ class Session:
     guard: Guard
     stop: threading.Event
     tokens: int = 0
+    masked: int = 0  # sequences masked because a sample was damaged, all ranks
 
     @property
     def stream(self) -> Stream | ForeignStream:
