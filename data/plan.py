@@ -149,5 +149,9 @@ class Plan:
         block, place = divmod(sequence, _BLOCK)
         return self._blocks.get(block)[place]
 
+    def shards_near(self, sequence: int) -> set[int]:
+        """The shards of the sequences that are computed together with this one, the next of its lane among them."""
+        return {shard for pieces in self._blocks.get(sequence // _BLOCK) for shard, *_ in pieces}
+
     def _compute_block(self, block: int) -> list[list[tuple[int, int, int, int]]]:
         return self._order.table(block * _BLOCK, _BLOCK).by_sequence(_BLOCK)

@@ -18,6 +18,7 @@ from data.dataset import Dataset
 from data.errors import DamagedSampleError, DataError
 from data.ledger import format_hash, hash_sequences, ledger_line
 from data.plan import Plan
+from data.storage import is_remote
 
 _AHEAD = 2  # steps assembled in the background beyond the one that is asked for
 
@@ -235,6 +236,8 @@ class Stream:
 
     def _assemble_step(self, step: int) -> list[MicroBatch]:
         ids = self.global_ids(step)[self._dp_rank :: self._dp_size]
+        if is_remote(self._dataset.path):
+            self._dataset.train.prefetch(set().union(*map(self._plan.shards_near, ids.tolist())))
         return [
             self._assemble(ids[start : start + self._micro_batch_size])
             for start in range(0, len(ids), self._micro_batch_size)

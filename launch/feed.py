@@ -39,7 +39,7 @@ def open_feed(config: Config, dp_rank: int, dp_size: int) -> Feed:
     sizes = (dp_rank, dp_size, config.train.global_batch_size, config.train.micro_batch_size)
     if config.data.mode == "stream":
         return Feed(ForeignStream(config.data, *sizes), None)
-    dataset = open_dataset(config.data.path)
+    dataset = open_dataset(config.data.path, config.data.remote())
     stream = Stream(
         dataset,
         Plan.of(dataset, config.data),
@@ -47,5 +47,6 @@ def open_feed(config: Config, dp_rank: int, dp_size: int) -> Feed:
         cache_mb=config.data.cache_mb,
         on_damage=config.data.on_damage,
         damage_budget=config.data.damage_budget,
+        timeout_s=max(600.0, 2 * config.data.deadline_s),
     )
     return Feed(stream, dataset)

@@ -81,5 +81,5 @@ def load_run(folder: Path, device: torch.device | None = None) -> LoadedRun:
     model.eval()
     if device is not None:
         model.to(device)
-    dataset = open_dataset(config.data.path) if config.data.mode == "indexed" else None
+    dataset = open_dataset(config.data.path, config.data.remote()) if config.data.mode == "indexed" else None
     return LoadedRun(config, saved, model, dataset)

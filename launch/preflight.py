@@ -69,7 +69,8 @@ def check(
     world_size = world_size_for(config, launcher, mpi_size)
     if launcher == "mpi":
         config = replace(config, cluster=replace(config.cluster, workers=world_size))
-    config = replace(config, data=replace(config.data, path=str(Path(config.data.path).absolute())))
+    if "://" not in config.data.path:
+        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).absolute())))
     if config.checkpoint.dir:
         config = replace(config, checkpoint=replace(config.checkpoint, dir=str(Path(config.checkpoint.dir).absolute())))
     problems += layout_problems(config, launcher, world_size)
@@ -113,7 +114,7 @@ def _check_data(config: Config, problems: list[str]) -> tuple[str, list[str]]:
     if name and not (Path(path) / "manifest.json").exists() and not (Path(path).exists() and any(Path(path).iterdir())):
         return name, []
     try:
-        data = describe(path)
+        data = describe(path, config.data.remote())
     except DataError as error:
         problems.append(str(error))
         return "", []
