@@ -80,7 +80,7 @@ def audit_run(run: str | Path, data_path: str | Path | None = None) -> AuditRepo
     config = DataConfig(**{key: value for key, value in settings.items() if key in known})
     if config.mode != "indexed":
         raise DataError(f'{run}: ran with data.mode = "{config.mode}", which has no plan to audit against')
-    with open_dataset(data_path or config.path) as dataset:
+    with open_dataset(data_path or config.path, config.remote()) as dataset:
         return audit(text.splitlines(), Plan.of(dataset, config))
 
 

@@ -9,20 +9,16 @@ Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from typing import NamedTuple
 
 import numpy as np
 
 from data.order import derive_key, permutation
-from data.windows import Grouping, Lengths, Piece, Recent, WindowRows, window_lengths
+from data.windows import Grouping, Lengths, PieceTable, Recent, WindowRows, join_tables, window_lengths
 
-
-class _Group(NamedTuple):
-    """Bins of equal content: how many, and the (length, pieces of it in each bin) that they hold."""
-
-    n_bins: int
-    content: tuple[tuple[int, int], ...]
+# (size, first, each): bin b of a group of equal bins holds the pieces of this size numbered first + b * each and on,
+# `each` of them
+_Content = list[tuple[int, int, int]]
 
 
 class _Epoch(NamedTuple):
@@ -33,13 +29,35 @@ class _Epoch(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """A window's pieces and bins: pieces (n, 3) int64 of (document number, start, stop); bin b holds the pieces
-    numbered members[firsts[b]:firsts[b + 1]]."""
+    """A window's pieces and bins; which pieces are in a bin is looked up when it is read.
+
+    Attributes:
+        rows: finds a document's shard and row.
+        pieces: (n, 3) int64 of (document number, start, stop), by rising size.
+        first_of_size: the number of the first piece of each size.
+        group_starts: (n_groups,) int64 the first bin of each group.
+        contents: of each group.
+    """
 
     rows: WindowRows
     pieces: np.ndarray
-    members: np.ndarray
-    firsts: np.ndarray
+    first_of_size: list[int]
+    group_starts: np.ndarray
+    contents: list[_Content]
+
+    def members(self, bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pieces (m, 3) of bins (n,), one bin behind the other, and the place (m,) among the bins of each."""
+        found: list[int] = []
+        counts = []
+        groups = np.searchsorted(self.group_starts, bins, "right") - 1
+        inside = bins - self.group_starts[groups]
+        for group, number in zip(groups.tolist(), inside.tolist(), strict=True):
+            before = len(found)
+            for size, first, each in self.contents[group]:
+                start = self.first_of_size[size] + first + number * each
+                found += range(start, start + each)
+            counts.append(len(found) - before)
+        return self.pieces[found], np.repeat(np.arange(len(bins)), counts)
 
 
 class BestFitOrder:
@@ -64,25 +82,27 @@ class BestFitOrder:
         """The epoch that owns a sequence."""
         return sequence // self._total
 
-    def pieces(self, sequence: int) -> list[Piece]:
-        """The pieces of documents that make up a sequence, at most seq_len targets in all."""
-        epoch, position = divmod(sequence, self._total)
-        layout = self._epochs.get(epoch)
-        place = int(np.searchsorted(layout.starts, position, "right")) - 1
-        number = int(layout.order[place])
-        window = self._windows.get(number)
-        chosen = int(self._bin_orders.get(epoch, number)[position - int(layout.starts[place])])
-        members = window.members[int(window.firsts[chosen]) : int(window.firsts[chosen + 1])]
-        return [
-            Piece(*window.rows.locate(document), start, stop)
-            for document, start, stop in window.pieces[members].tolist()
-        ]
+    def table(self, first: int, count: int) -> PieceTable:
+        """The pieces of sequences first .. first + count - 1, at most seq_len targets in each."""
+        tables, done = [], 0
+        while done < count:
+            epoch, position = divmod(first + done, self._total)
+            layout = self._epochs.get(epoch)
+            place = int(np.searchsorted(layout.starts, position, "right")) - 1
+            number, start = int(layout.order[place]), int(layout.starts[place])
+            taken = min(count - done, int(layout.starts[place + 1]) - position)
+            window = self._windows.get(number)
+            chosen = self._bin_orders.get(epoch, number)[position - start : position - start + taken]
+            pieces, sequence = window.members(chosen)
+            tables.append(PieceTable(done + sequence, *window.rows.locate(pieces[:, 0]), pieces[:, 1], pieces[:, 2]))
+            done += taken
+        return join_tables(tables)
 
     def _count(self, shards: tuple[int, ...]) -> int:
         tokens = window_lengths(self._lengths, shards)
         rests = tokens % self._seq_len
-        groups = pack_lengths(np.bincount(rests, minlength=self._seq_len), self._seq_len)
-        return int((tokens // self._seq_len).sum()) + sum(group.n_bins for group in groups)
+        full = int((tokens // self._seq_len).sum())
+        return full + count_bins(np.bincount(rests, minlength=self._seq_len), self._seq_len)
 
     def _compute_epoch(self, epoch: int) -> _Epoch:
         order = permutation(len(self._n_bins), derive_key(*self._key_parts, "windows", epoch))
@@ -98,25 +118,19 @@ class BestFitOrder:
         sizes = pieces[:, 2] - pieces[:, 1]
         # equal lengths are told apart by a shuffle, so that neighbours in a shard do not share a bin by habit
         shuffled = permutation(len(pieces), derive_key(*self._key_parts, "pieces", number))
-        by_size = shuffled[np.argsort(sizes[shuffled], kind="stable")]
-        first_of_size = np.searchsorted(sizes[by_size], np.arange(self._seq_len + 2))
-        full = by_size[first_of_size[self._seq_len] :]
-        members, counts = [full], [np.ones(len(full), np.int64)]
-        taken = first_of_size.copy()
-        for group in pack_lengths(np.bincount(tokens % self._seq_len, minlength=self._seq_len), self._seq_len):
-            columns = []
-            for size, each in group.content:
-                stop = taken[size] + group.n_bins * each
-                columns.append(by_size[taken[size] : stop].reshape(group.n_bins, each))
-                taken[size] = stop
-            table = np.concatenate(columns, axis=1)
-            members.append(table.ravel())
-            counts.append(np.full(group.n_bins, table.shape[1], np.int64))
-        firsts = np.concatenate((np.zeros(1, np.int64), np.cumsum(np.concatenate(counts))))
-        return _Window(WindowRows(self._lengths, shards), pieces, np.concatenate(members), firsts)
+        narrow = np.uint16 if self._seq_len < 1 << 16 else np.int64  # 16 bits are sorted by radix, ten times faster
+        by_size = shuffled[np.argsort(sizes[shuffled].astype(narrow), kind="stable")]
+        counts = np.bincount(sizes, minlength=self._seq_len + 1)
+        rests = np.bincount(tokens % self._seq_len, minlength=self._seq_len)
+        bins, contents = pack_lengths(rests, self._seq_len)
+        n_bins = np.array([counts[self._seq_len], *bins], np.int64)
+        contents.insert(0, [(self._seq_len, 0, 1)])
+        rows = WindowRows(self._lengths, shards)
+        first_of_size = (np.cumsum(counts) - counts).tolist()
+        return _Window(rows, pieces[by_size], first_of_size, np.cumsum(n_bins) - n_bins, contents)
 
 
-def pack_lengths(histogram: np.ndarray, capacity: int) -> list[_Group]:
+def pack_lengths(histogram: np.ndarray, capacity: int) -> tuple[list[int], list[_Content]]:
     """Best-fit decreasing on counts: places all pieces without looking at single ones.
 
     Args:
@@ -124,32 +138,72 @@ def pack_lengths(histogram: np.ndarray, capacity: int) -> list[_Group]:
         capacity: size of a bin.
 
     Returns:
-        Groups of equal bins. The pieces of a length are to be handed out in the order of the groups.
+        Groups of equal bins: how many bins each has, and what is in them. Each piece is in exactly one bin.
     """
-    groups: list[_Group] = []
-    rooms: list[tuple[int, int]] = []  # (room left, index into groups), sorted
+    n_bins: list[int] = []  # by group
+    contents: list[_Content] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity)]  # groups by room left; full ones are in none
+    rooms = 0  # bit r is set where a group has room r: the fullest bin that takes a piece is found at once
+    counts = histogram.tolist()
     for size in range(capacity - 1, 0, -1):
-        left = int(histogram[size])
+        left = counts[size]
         while left:
-            at = bisect_left(rooms, (size, -1))
-            if at == len(rooms):
+            fitting = rooms >> size
+            if not fitting:
                 each = min(capacity // size, left)
+                index, room = len(n_bins), capacity
+                n_bins.append(left // each)
+                contents.append([])
+            else:
+                room = size + (fitting & -fitting).bit_length() - 1
+                index = with_room[room][-1]
+                each = min(room // size, left)
+                taken = left // each
+                if taken < n_bins[index]:  # the group's last bins become a group of their own
+                    n_bins[index] -= taken
+                    kept = n_bins[index]
+                    contents.append([(other, first + kept * many, many) for other, first, many in contents[index]])
+                    index = len(n_bins)
+                    n_bins.append(taken)
+                else:
+                    with_room[room].pop()
+                    if not with_room[room]:
+                        rooms ^= 1 << room
+            contents[index].append((size, counts[size] - left, each))
+            left -= n_bins[index] * each
+            room -= size * each
+            if room:
+                with_room[room].append(index)
+                rooms |= 1 << room
+    return n_bins, contents
+
+
+def count_bins(histogram: np.ndarray, capacity: int) -> int:
+    """How many bins `pack_lengths` fills, several times faster: bins of equal room need not be told apart."""
+    with_room = [0] * capacity
+    rooms = total = 0
+    counts = histogram.tolist()
+    for size in range(capacity - 1, 0, -1):
+        left = counts[size]
+        while left:
+            fitting = rooms >> size
+            if not fitting:
+                room, each = capacity, min(capacity // size, left)
                 n_bins = left // each
-                groups.append(_Group(n_bins, ((size, each),)))
-                insort(rooms, (capacity - size * each, len(groups) - 1))
-                left -= n_bins * each
-                continue
-            room, index = rooms.pop(at)
-            group = groups[index]
-            each = min(room // size, left)
-            n_bins = min(group.n_bins, left // each)
-            if n_bins < group.n_bins:
-                groups.append(_Group(group.n_bins - n_bins, group.content))
-                insort(rooms, (room, len(groups) - 1))
-            groups[index] = _Group(n_bins, (*group.content, (size, each)))
-            insort(rooms, (room - size * each, index))
+                total += n_bins
+            else:
+                room = size + (fitting & -fitting).bit_length() - 1
+                each = min(room // size, left)
+                n_bins = min(with_room[room], left // each)
+                with_room[room] -= n_bins
+                if not with_room[room]:
+                    rooms ^= 1 << room
             left -= n_bins * each
-    return groups
+            room -= size * each
+            if room:
+                with_room[room] += n_bins
+                rooms |= 1 << room
+    return total
 
 
 def _cut(tokens: np.ndarray, seq_len: int) -> np.ndarray:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from data.mirror import Remote
+from data.storage import address_problems
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which tokens a run reads and in what order.
 
-    Everything here except `cache_mb` decides the order of the data, so a resumed run must keep it.
-
     Attributes:
-        path: folder of a packed dataset (with mode "stream": a folder, file or pattern of plain tar files).
+        path: folder of a packed dataset, or its address in a remote storage that fsspec knows (s3://bucket/corpus, gs,
+            https, ...); with mode "stream" a folder, file or pattern of plain tar files.
         seq_len: targets in one sequence; a sequence spans seq_len + 1 tokens.
         seed: seed of the order.
         packing: "split" concatenates documents and cuts every seq_len tokens, "best_fit" keeps documents whole where
@@ -22,6 +24,10 @@ class DataConfig:
             same global batches; 192 is divisible by 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96 and 192.
         window_shards: documents are shuffled inside windows of this many shards.
         cache_mb: memory for documents that were read and checked, in MiB per rank.
+        cache_dir: folder of each node for a remote dataset's indexes and shards; empty is ~/.cache/trimtab/data.
+            Several runs may share it.
+        cache_gb: most GB (10^9 bytes) of remote shards kept on a node; 0 keeps none and reads samples by range.
+        deadline_s: longest time for one file or range of a remote storage, all tries together.
         on_damage: "fail" stops at a damaged sample and names it; "quarantine" puts masked positions in the place of
             the sequences that it touches, counts them, and stops beyond `damage_budget`.
         damage_budget: the share of sequences that "quarantine" may mask before it stops.
@@ -36,16 +42,28 @@ class DataConfig:
     lanes: int = 192
     window_shards: int = 16
     cache_mb: int = 256
+    cache_dir: str = ""
+    cache_gb: float = 16.0
+    deadline_s: float = 300.0
     on_damage: Literal["fail", "quarantine"] = "fail"
     damage_budget: float = 1e-5
     mode: Literal["indexed", "stream"] = "indexed"
     tokenizer: str = "bytes"
+
+    def remote(self) -> Remote:
+        """How to reach a remote dataset."""
+        return Remote(self.cache_dir, self.cache_gb, self.deadline_s)
 
     def problems(self) -> list[str]:
         """Every violated rule of this section, each starting with its dotted key."""
         found = []
         if not self.path:
             found.append("data.path is empty; give the folder of a packed dataset, for example datasets/python")
+        found += address_problems(self.path)
+        if self.cache_gb < 0:
+            found.append(f"data.cache_gb = {self.cache_gb} is negative; use 0 to keep no remote shards")
+        if not self.deadline_s > 0:
+            found.append(f"data.deadline_s = {self.deadline_s} must be positive; use for example 300")
         for key, least in (("seq_len", 1), ("lanes", 1), ("window_shards", 1), ("cache_mb", 1)):
             value = getattr(self, key)
             if value < least:

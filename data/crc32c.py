@@ -1,15 +1,16 @@
-"""CRC-32C (Castagnoli) in numpy: exact, hundreds of MB/s, no compiled package.
+"""CRC-32C (Castagnoli): through the package google-crc32c where it is installed (13 GB/s), else in numpy (200 MB/s).
 
-A CRC is linear over GF(2). The message is cut into blocks of 256 bytes; the zero-initialised CRC of every block is the
-XOR of one table entry per byte (a table per position in the block), for all blocks at once. Then 64 neighbouring CRCs
-are joined to one at a time: each is carried over the zero bytes that stand for its right neighbours (four tables of 256
-entries per place) and all are XORed. Zeros in front change nothing, so the front is padded to whole blocks; the initial
-value of all ones is XORed into the message's first four bytes.
+In numpy: a CRC is linear over GF(2). The message is cut into blocks of 256 bytes; the zero-initialised CRC of every
+block is the XOR of one table entry per byte (a table per position in the block), for all blocks at once. Then 64
+neighbouring CRCs are joined to one at a time: each is carried over the zero bytes that stand for its right neighbours
+(four tables of 256 entries per place) and all are XORed. Zeros in front change nothing, so the front is padded to whole
+blocks; the initial value of all ones is XORed into the message's first four bytes.
 Source: RFC 3720, section 12.1 (polynomial 0x1EDC6F41, reflected 0x82F63B78).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -88,6 +89,16 @@ def _update(data: np.ndarray, state: int) -> int:
     return int(crcs[0])
 
 
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[[int, bytes], int] | None:
+    """`extend(crc, data)` of google-crc32c, if its compiled part is there (its fallback is slower than ours)."""
+    try:
+        import google_crc32c
+    except ImportError:
+        return None
+    return google_crc32c.extend if google_crc32c.implementation == "c" else None
+
+
 def crc32c(data: bytes | bytearray | memoryview | np.ndarray, crc: int = 0) -> int:
     """CRC-32C of `data`, as an int below 2**32.
 
@@ -95,6 +106,14 @@ def crc32c(data: bytes | bytearray | memoryview | np.ndarray, crc: int = 0) -> i
         data: bytes, or an array whose bytes are meant.
         crc: the CRC of what came before, to go on from; 0 at the start.
     """
+    extend = _compiled()
+    if extend is not None:
+        return extend(crc, data.tobytes() if isinstance(data, np.ndarray | memoryview) else bytes(data))
+    return in_numpy(data, crc)
+
+
+def in_numpy(data: bytes | bytearray | memoryview | np.ndarray, crc: int = 0) -> int:
+    """The same, always in numpy."""
     if isinstance(data, np.ndarray):
         flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from data.crc32c import crc32c
 from data.errors import DamagedSampleError, DataError
 from data.index import IndexHeader, map_records, read_header
 from data.manifest import DOCUMENTS, TOKENIZER, Manifest, ShardInfo, SplitInfo, read_documents, read_manifest
+from data.mirror import Mirror, Remote
+from data.node_cache import CachedReader, RangeReader
 from data.shards import BLOCK, TEXT_SUFFIX, TOKENS_SUFFIX, ShardReader
+from data.storage import is_remote, local_path
 from data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -25,7 +28,7 @@ class Description:
     (tokens include one end token a document); n_heldout documents; fingerprint (sha256 of the manifest, hex).
     """
 
-    path: Path
+    path: Path | str
     vocab_size: int
     eod_id: int
     tokenizer: str
@@ -44,15 +47,18 @@ class HeldoutDocument:
     tokens: np.ndarray
 
 
-def describe(path: str | Path) -> Description:
-    """Reads only the manifest: milliseconds.
+def describe(path: str | Path, remote: Remote | None = None) -> Description:
+    """Reads only the manifest: milliseconds, or as long as a remote storage takes.
 
     Raises:
         DataError: the folder is missing, empty, not a dataset, or its manifest is damaged.
     """
-    manifest = read_manifest(path)
+    if is_remote(path):
+        manifest = Mirror(str(path), remote or Remote()).manifest
+    else:
+        manifest = read_manifest(local_path(path))
     return Description(
-        path=Path(path),
+        path=path if is_remote(path) else local_path(path),
         vocab_size=manifest.vocab_size,
         eod_id=manifest.eod_id,
         tokenizer=manifest.tokenizer,
@@ -63,13 +69,21 @@ def describe(path: str | Path) -> Description:
     )
 
 
-def open_dataset(path: str | Path) -> Dataset:
+def open_dataset(path: str | Path, remote: Remote | None = None) -> Dataset:
     """Opens a dataset after checking the manifest, every file's presence and size, and every index's header.
+
+    Args:
+        path: a folder, or an address of remote storage such as s3://bucket/corpus; its shards' sizes show when read.
+        remote: how to reach it, where it is an address.
 
     Raises:
         DataError: anything of this is wrong; the message names the file and what to do.
     """
-    return Dataset(Path(path), read_manifest(path))
+    if is_remote(path):
+        mirror = Mirror(str(path), remote or Remote())
+        mirror.fetch_small_files()
+        return Dataset(str(path), mirror.manifest, mirror)
+    return Dataset(local_path(path), read_manifest(local_path(path)))
 
 
 class Split:
@@ -78,19 +92,25 @@ class Split:
     The indexes are memory-mapped, and their records checked, shard by shard at first use. Thread-safe.
     """
 
-    def __init__(self, folder: Path, info: SplitInfo, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, info: SplitInfo, manifest: Manifest, mirror: Mirror | None = None) -> None:
         self.folder, self.info = folder, info
+        self._origin = mirror.storage.address if mirror else str(folder)
         self.dtype = np.dtype(manifest.dtype)
         self.vocab_size, self.eod_id = manifest.vocab_size, manifest.eod_id
         self.shard_tokens = np.array([shard.n_tokens for shard in info.shards], dtype=np.int64)
         self.shard_documents = np.array([shard.n_documents for shard in info.shards], dtype=np.int64)
-        self._headers = [_check_shard(folder, shard) for shard in info.shards]
+        self._headers = [_check_shard(folder, shard, here=mirror is None) for shard in info.shards]
         self._records: dict[int, np.ndarray] = {}
-        self._reader = ShardReader(folder, [shard.file for shard in info.shards])
+        self._reader: ShardReader | CachedReader | RangeReader = (
+            mirror.reader(info.shards) if mirror else ShardReader(folder, [shard.file for shard in info.shards])
+        )
         self._lock = threading.Lock()
 
     def records(self, shard: int) -> np.ndarray:
         """The index records of a shard, (n,) of dtype RECORD, memory-mapped."""
+        known = self._records.get(shard)
+        if known is not None:
+            return known
         with self._lock:
             if shard not in self._records:
                 info = self.info.shards[shard]
@@ -104,28 +124,44 @@ class Split:
         """Tokens of each document of a shard, (n,) int64, each with its end token."""
         return self.records(shard)["n_tokens"].astype(np.int64)
 
-    def read(self, shard: int, row: int) -> np.ndarray:
-        """All tokens of a document, (n,) of the stored dtype, read-only, checksum and vocabulary verified.
+    def read(self, shard: int, row: int, *, in_vocabulary: bool = True) -> np.ndarray:
+        """All tokens of a document, (n,) of the stored dtype, read-only, its checksum verified.
+
+        Args:
+            shard, row: which document.
+            in_vocabulary: check every token against the vocabulary too; who does not, calls `check_vocabulary`.
 
         Raises:
             DamagedSampleError: the bytes are not those that were packed, or a token is outside the vocabulary.
         """
-        record = self.records(shard)[row]
-        raw = self._reader.read(shard, int(record["offset"]), int(record["nbytes"]))
-        return self._check(shard, record, raw)
+        _, offset, nbytes, _, checksum = self.records(shard)[row].item()
+        raw = self._reader.read(shard, offset, nbytes)
+        if self._reader.remote:
+            for _ in range(_ARRIVALS):  # damaged on its way or in the storage: only a repeat can tell
+                if len(raw) == nbytes and crc32c(raw) == checksum:
+                    break
+                raw = self._reader.read(shard, offset, nbytes)
+        if len(raw) != nbytes or crc32c(raw) != checksum:
+            short = len(raw) != nbytes
+            problem = f"the shard ends inside it ({len(raw)} of {nbytes} bytes)" if short else "its checksum is wrong"
+            self._damaged(shard, self.records(shard)[row], problem)
+        tokens = np.frombuffer(raw, self.dtype)
+        if in_vocabulary:
+            self.check_vocabulary(shard, row, tokens)
+        return tokens
 
     def read_range(self, shard: int, row: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document without the checksum, for documents that `read` has verified before.
+        """Tokens [start, stop) of a document without any check, for documents that `read` has verified before.
 
         Raises:
-            DamagedSampleError: the shard has become shorter, or a token is outside the vocabulary.
+            DamagedSampleError: the shard has become shorter.
         """
         record = self.records(shard)[row]
         itemsize = self.dtype.itemsize
         raw = self._reader.read(shard, int(record["offset"]) + start * itemsize, (stop - start) * itemsize)
         if len(raw) != (stop - start) * itemsize:
             self._damaged(shard, record, "the shard ends inside it")
-        return self._in_vocabulary(shard, record, np.frombuffer(raw, self.dtype))
+        return np.frombuffer(raw, self.dtype)
 
     def read_text(self, shard: int, row: int) -> bytes:
         """The raw text that a held-out sample stores behind its tokens.
@@ -144,6 +180,20 @@ class Split:
             self._damaged(shard, record, "the shard ends inside its raw text")
         return raw
 
+    def check_vocabulary(self, shard: int, row: int, tokens: np.ndarray) -> None:
+        """Checks tokens (n,) of a document.
+
+        Raises:
+            DamagedSampleError: one is outside the vocabulary.
+        """
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            problem = f"token {int(tokens.max())} is outside the vocabulary of {self.vocab_size}"
+            self._damaged(shard, self.records(shard)[row], problem)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Says which shards will be needed soon; those in a remote storage are fetched in the background."""
+        self._reader.prefetch(shards)
+
     def key(self, shard: int, row: int) -> str:
         """A sample's key as the shard's tar header has it; its hash in hex where the header is unreadable."""
         return self._key(shard, self.records(shard)[row])
@@ -151,18 +201,6 @@ class Split:
     def close(self) -> None:
         """Closes the shards' files."""
         self._reader.close()
-
-    def _check(self, shard: int, record: np.void, raw: bytes) -> np.ndarray:
-        if len(raw) != int(record["nbytes"]):
-            self._damaged(shard, record, f"the shard ends inside it ({len(raw)} of {int(record['nbytes'])} bytes)")
-        if crc32c(raw) != int(record["crc32c"]):
-            self._damaged(shard, record, "its checksum is wrong")
-        return self._in_vocabulary(shard, record, np.frombuffer(raw, self.dtype))
-
-    def _in_vocabulary(self, shard: int, record: np.void, tokens: np.ndarray) -> np.ndarray:
-        if len(tokens) and int(tokens.max()) >= self.vocab_size:
-            self._damaged(shard, record, f"token {int(tokens.max())} is outside the vocabulary of {self.vocab_size}")
-        return tokens
 
     def _key(self, shard: int, record: np.void) -> str:
         fallback = f"#{int(record['key_hash']):016x}"
@@ -173,26 +211,27 @@ class Split:
         return name.removesuffix(TOKENS_SUFFIX) if name.endswith(TOKENS_SUFFIX) else fallback
 
     def _damaged(self, shard: int, record: np.void, problem: str) -> None:
-        path = str(self.folder / self.info.shards[shard].file)
+        path = f"{self._origin}/{self.info.shards[shard].file}"
         raise DamagedSampleError(path, self._key(shard, record), int(record["offset"]), problem)
 
 
 class Dataset:
     """An opened dataset. Use `open_dataset`; close it or use it as a context manager.
 
-    Attributes: path, manifest, fingerprint (hex), train and heldout (each a Split).
+    Attributes: path (an address where the data is remote), manifest, fingerprint (hex), train and heldout (Splits).
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path | str, manifest: Manifest, mirror: Mirror | None = None) -> None:
+        self.path, self.manifest, self._mirror = path, manifest, mirror
+        self._folder = mirror.folder if mirror else Path(path)
         self.fingerprint = manifest.fingerprint
         if manifest.train.n_tokens == 0:
             raise DataError(f"data.path = {path}: holds no training documents; pack it again from more text")
-        for name in (TOKENIZER, DOCUMENTS):
-            if not (path / name).is_file():
-                raise DataError(f"{path / name}: is missing; {_STALE}")
-        self.train = Split(path, manifest.train, manifest)
-        self.heldout = Split(path, manifest.heldout, manifest)
+        for name in (TOKENIZER, DOCUMENTS) if mirror is None else (TOKENIZER,):
+            if not (self._folder / name).is_file():
+                raise DataError(f"{self._folder / name}: is missing; {_STALE}")
+        self.train = Split(self._folder, manifest.train, manifest, mirror)
+        self.heldout = Split(self._folder, manifest.heldout, manifest, mirror)
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -203,9 +242,9 @@ class Dataset:
             DataError: tokenizer.json is not the one of the manifest, or its package is not installed.
         """
         if self._tokenizer is None:
-            tokenizer = load_tokenizer(self.path / TOKENIZER, self.manifest.tokenizer)
+            tokenizer = load_tokenizer(self._folder / TOKENIZER, self.manifest.tokenizer)
             if tokenizer.fingerprint != self.manifest.tokenizer_sha256:
-                raise DataError(f"{self.path / TOKENIZER}: is not the tokenizer of the packing; {_STALE}")
+                raise DataError(f"{self._folder / TOKENIZER}: is not the tokenizer of the packing; {_STALE}")
             self._tokenizer = tokenizer
         return self._tokenizer
 
@@ -230,14 +269,16 @@ class Dataset:
         self.close()
 
     def _heldout_names(self) -> dict[str, str]:
-        return {row["key"]: row["name"] for row in read_documents(self.path) if row["split"] == "heldout"}
+        if self._mirror:
+            self._mirror.fetch_documents()
+        return {row["key"]: row["name"] for row in read_documents(self._folder) if row["split"] == "heldout"}
 
 
-def _check_shard(folder: Path, shard: ShardInfo) -> IndexHeader:
-    """Checks presence and sizes of a shard and its index against the manifest."""
+def _check_shard(folder: Path, shard: ShardInfo, *, here: bool) -> IndexHeader:
+    """Checks presence and sizes of a shard (if it should be here) and its index against the manifest."""
     path = folder / shard.file
     try:
-        size = path.stat().st_size
+        size = path.stat().st_size if here else shard.n_bytes
     except OSError as error:
         raise DataError(f"{path}: the shard is missing ({error.strerror}); restore it or pack again") from error
     if size != shard.n_bytes:
@@ -256,4 +297,5 @@ def _check_shard(folder: Path, shard: ShardInfo) -> IndexHeader:
     return header
 
 
+_ARRIVALS = 2  # more readings of a remote sample whose checksum is wrong
 _STALE = "the folder mixes files of different packings, restore it from a copy or pack the dataset again"

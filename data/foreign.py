@@ -42,7 +42,8 @@ class ForeignStream:
         dp_rank, dp_size, global_batch_size, micro_batch_size: as in Stream.
 
     Attributes:
-        wait_seconds, total_wait_seconds: as in Stream; quarantined: always empty; n_left_out: samples without text.
+        wait_seconds, total_wait_seconds: as in Stream; quarantined, n_quarantined: always empty and 0;
+        n_left_out: samples without text.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ForeignStream:
         self.wait_seconds = 0.0
         self.total_wait_seconds = 0.0
         self.quarantined: dict[int, str] = {}
+        self.n_quarantined = 0
         self.n_left_out = 0
 
     def read(self, step: int) -> list[MicroBatch]:
@@ -117,6 +119,10 @@ class ForeignStream:
             DataError: there is no place to continue from.
         """
         raise DataError(f"the run cannot be resumed at step {cursor.get('next_step')}; {NOT_RESUMABLE}")
+
+    def check_damage(self, total: int) -> int:
+        """Always 0: nothing is checked."""
+        return total
 
     def close(self) -> None:
         """Closes the open tar file."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
+from data.storage import check_name
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
@@ -108,20 +109,43 @@ def read_manifest(folder: str | Path) -> Manifest:
         what = "is not a packed dataset (it has no manifest.json)" if any(folder.iterdir()) else "is empty"
         raise DataError(f"data.path = {folder}: {what}; pack one with `trimtab data pack SOURCE --out DIR`")
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: is damaged ({error}); restore it from a copy or pack the data again") from error
+    return parse_manifest(raw, str(path), _recorded_fingerprint(folder))
+
+
+def parse_manifest(raw: bytes, where: str, recorded: str = "") -> Manifest:
+    """The manifest that a file's content is.
+
+    Args:
+        raw: the content.
+        where: path or address, for messages.
+        recorded: the fingerprint noted down beside it; empty where there is none.
+
+    Raises:
+        DataError: it is not a manifest, damaged, changed, or names files outside of its folder.
+    """
+    try:
+        text = raw.decode("utf-8")
         content = json.loads(text)
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise DataError(f"{path}: is not the manifest of a dataset; pack the data again into another folder")
+            raise DataError(f"{where}: is not the manifest of a dataset; pack the data again into another folder")
         version = content.pop("version", None)
         if version != _VERSION:
-            raise DataError(f"{path}: has format version {version}, this program reads {_VERSION}; pack the data again")
+            raise DataError(
+                f"{where}: has format version {version}, this program reads {_VERSION}; pack the data again"
+            )
         manifest = _from_json(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: is damaged ({error}); restore it from a copy or pack the data again") from error
-    if manifest.to_json() != text or _recorded_fingerprint(folder) not in ("", manifest.fingerprint):
-        raise DataError(f"{path}: was changed after packing; restore it from a copy or pack the data again")
+        raise DataError(f"{where}: is damaged ({error}); restore it from a copy or pack the data again") from error
+    for shard in (*manifest.train.shards, *manifest.heldout.shards):
+        for name in (shard.file, shard.index):
+            check_name(name, where)
+    if manifest.to_json() != text or recorded not in ("", manifest.fingerprint):
+        raise DataError(f"{where}: was changed after packing; restore it from a copy or pack the data again")
     return manifest
 
 

@@ -130,6 +130,8 @@ def pack_builtin(name: str, root: str | Path = "datasets", *, progress: Progress
 
 def builtin_at(path: str | Path) -> str | None:
     """The built-in corpus that `data.path` stands for (datasets/NAME), or None."""
+    if "://" in str(path):
+        return None
     path = Path(path)
     return path.name if path.name in BUILTIN_CORPORA and path.parent.name == "datasets" else None
 

@@ -23,9 +23,10 @@ from data.config import DataConfig
 from data.dataset import Dataset
 from data.errors import DataError
 from data.split import SplitOrder
-from data.windows import Lengths, Piece
+from data.windows import Lengths, Piece, PieceTable, Recent
 
 PLAN_VERSION = 1
+_BLOCK = 64  # sequences whose pieces are computed together: a lane reads them one after the other
 
 
 class EpochSteps(NamedTuple):
@@ -42,7 +43,7 @@ class _Order(Protocol):
 
     def epoch_of(self, sequence: int) -> int: ...
 
-    def pieces(self, sequence: int) -> list[Piece]: ...
+    def table(self, first: int, count: int) -> PieceTable: ...
 
 
 class Plan:
@@ -72,6 +73,7 @@ class Plan:
         order = SplitOrder if packing == "split" else BestFitOrder
         # a batch touches up to `lanes` places of an epoch; one more window each where a sequence crosses a border
         self._order: _Order = order(lengths, seq_len, window_shards, (fingerprint, seed), 2 * lanes)
+        self._blocks = Recent(self._compute_block, 2 * lanes)
 
     @classmethod
     def of(cls, dataset: Dataset, config: DataConfig) -> Plan:
@@ -140,4 +142,16 @@ class Plan:
 
     def pieces(self, sequence: int) -> list[Piece]:
         """The pieces of documents that make up a sequence, in order."""
-        return self._order.pieces(sequence)
+        return list(map(Piece._make, self.layout(sequence)))
+
+    def layout(self, sequence: int) -> list[tuple[int, int, int, int]]:
+        """The same as plain tuples, which are several times faster to make."""
+        block, place = divmod(sequence, _BLOCK)
+        return self._blocks.get(block)[place]
+
+    def shards_near(self, sequence: int) -> set[int]:
+        """The shards of the sequences that are computed together with this one, the next of its lane among them."""
+        return {shard for pieces in self._blocks.get(sequence // _BLOCK) for shard, *_ in pieces}
+
+    def _compute_block(self, block: int) -> list[list[tuple[int, int, int, int]]]:
+        return self._order.table(block * _BLOCK, _BLOCK).by_sequence(_BLOCK)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tarfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -113,6 +113,8 @@ class ShardWriter:
 class ShardReader:
     """Reads byte ranges of a folder's shards; file handles stay open, at most `max_open` of them. Thread-safe."""
 
+    remote = False
+
     def __init__(self, folder: Path, files: Sequence[str], max_open: int = 256) -> None:
         self._folder, self._files, self._max_open = folder, tuple(files), max_open
         self._handles: dict[int, int] = {}
@@ -141,6 +143,9 @@ class ShardReader:
                     f"{self._folder / self._files[shard]}: cannot be read at byte {offset} ({error.strerror}); restore "
                     f"the shard or pack the dataset again"
                 ) from error
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Nothing: the files are here."""
 
     def close(self) -> None:
         """Closes all files; a later read opens them again."""

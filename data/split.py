@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.order import derive_key, permutation
-from data.windows import Grouping, Lengths, Piece, Recent, WindowRows, window_lengths
+from data.windows import Grouping, Lengths, PieceTable, Recent, WindowRows, join_tables, window_lengths
 
 
 class _Epoch(NamedTuple):
@@ -58,32 +58,37 @@ class SplitOrder:
         """The epoch that owns a sequence."""
         return sequence * self._seq_len // self._total
 
-    def pieces(self, sequence: int) -> list[Piece]:
-        """The pieces of documents that make up a sequence, seq_len targets in all."""
-        epoch, skipped = divmod(sequence * self._seq_len, self._total)
-        wanted = self._seq_len
-        found: list[Piece] = []
-        layout = self._epochs.get(epoch)
-        number = int(np.searchsorted(layout.starts, skipped, "right")) - 1
-        window = self._windows.get(epoch, number)
-        inside = skipped - int(layout.starts[number])
-        position = int(np.searchsorted(window.ends, inside, "right"))
-        start = inside - (int(window.ends[position - 1]) if position else 0)
-        while True:
-            end = int(window.ends[position]) - (int(window.ends[position - 1]) if position else 0)
-            stop = min(end, start + wanted)
-            if stop > start:
-                found.append(Piece(*window.rows.locate(int(window.order[position])), start, stop))
-                wanted -= stop - start
-            if wanted == 0:
-                return found
-            start, position = 0, position + 1
-            while position == len(window.ends):
-                position, number = 0, number + 1
-                if number == len(layout.grouping.windows):
-                    number, epoch = 0, epoch + 1
-                    layout = self._epochs.get(epoch)
-                window = self._windows.get(epoch, number)
+    def table(self, first: int, count: int) -> PieceTable:
+        """The pieces of sequences first .. first + count - 1, seq_len targets in each."""
+        at, stop = first * self._seq_len, (first + count) * self._seq_len
+        tables = []
+        while at < stop:
+            epoch, skipped = divmod(at, self._total)
+            layout = self._epochs.get(epoch)
+            number = int(np.searchsorted(layout.starts, skipped, "right")) - 1
+            inside = skipped - int(layout.starts[number])
+            taken = min(stop - at, int(layout.starts[number + 1]) - skipped)
+            tables.append(self._cut(self._windows.get(epoch, number), inside, inside + taken, at - inside, first))
+            at += taken
+        return join_tables(tables)
+
+    def _cut(self, window: _Window, start: int, stop: int, origin: int, first: int) -> PieceTable:
+        """The pieces of the window's tokens [start, stop), counted inside it; it begins at token `origin` of the row of
+        all tokens. A piece ends where a document or a sequence ends."""
+        low, high = np.searchsorted(window.ends, (start, stop - 1), "right").tolist()
+        document_ends = window.ends[low : high + 1]
+        offset = -(origin + start) % self._seq_len
+        sequence_ends = np.arange(start + (offset or self._seq_len), stop, self._seq_len)
+        ends = np.concatenate((document_ends[:-1], sequence_ends))
+        ends.sort()
+        if len(ends) > 1:
+            ends = ends[np.concatenate(((True,), ends[1:] != ends[:-1]))]  # both ended there
+        starts = np.concatenate(((start,), ends))
+        ends = np.append(ends, stop)
+        position = np.searchsorted(document_ends, starts, "right")
+        begins = np.concatenate(((window.ends[low - 1] if low else 0,), document_ends[:-1]))[position]
+        shard, row = window.rows.locate(window.order[low + position])
+        return PieceTable((origin + starts) // self._seq_len - first, shard, row, starts - begins, ends - begins)
 
     def _compute_epoch(self, epoch: int) -> _Epoch:
         grouping = Grouping(self._lengths, self._window_shards, derive_key(*self._key_parts, "shards", epoch))

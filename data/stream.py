@@ -1,4 +1,4 @@
-"""The stream: this rank's micro-batches of a step, read from the shards, the next step prefetched in the background."""
+"""The stream: this rank's micro-batches of a step, read from the shards, the next steps' read ahead of need."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from data.dataset import Dataset
 from data.errors import DamagedSampleError, DataError
 from data.ledger import format_hash, hash_sequences, ledger_line
 from data.plan import Plan
+from data.storage import is_remote
+
+_AHEAD = 2  # steps assembled in the background beyond the one that is asked for
 
 
 class MicroBatch(NamedTuple):
@@ -57,7 +60,8 @@ class Stream:
 
     Attributes:
         wait_seconds: how long the last `read` waited for data; total_wait_seconds: all of them together.
-        quarantined: sequence id -> what was wrong, for the sequences that were masked.
+        quarantined: sequence id -> what was wrong, for the sequences that were masked, read ahead or handed out.
+        n_quarantined: how many of those `read` has handed out on this rank; the ranks' sum goes to `check_damage`.
     """
 
     def __init__(
@@ -89,12 +93,15 @@ class Stream:
         self._cache = DocumentCache(dataset.train, cache_mb)
         self._on_damage, self._damage_budget, self._timeout_s = on_damage, damage_budget, timeout_s
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="trimtab-data")
-        self._pending: tuple[int, Future[list[MicroBatch]]] | None = None
+        self._pending: dict[int, Future[list[MicroBatch]]] = {}
         self._closed = threading.Event()
         self._consumed: tuple[int, int] | None = None
         self.wait_seconds = 0.0
         self.total_wait_seconds = 0.0
         self.quarantined: dict[int, str] = {}
+        self.n_quarantined = 0
+        self._masked: set[int] = set()  # handed out; a set, since a rollback hands out again
+        self._damage = [0, 0]  # sequences masked in all ranks: before this process, and since
 
     @property
     def batches(self) -> Batches:
@@ -106,27 +113,53 @@ class Stream:
 
         Raises:
             DamagedSampleError: a sample is damaged (policy "fail"); names shard, key and offset.
-            DataError: the quarantine's budget is spent, or the data did not come in time.
+            DataError: the data did not come in time.
         """
         started = time.perf_counter()
-        pending, self._pending = self._pending, None
-        if pending is None or pending[0] != step:
-            if pending is not None:
-                pending[1].cancel()
-            pending = (step, self._executor.submit(self._assemble_step, step))
+        wanted = range(step, step + 1 + _AHEAD)
+        for other in [other for other in self._pending if other not in wanted]:
+            self._pending.pop(other).cancel()
+        for each in wanted:
+            if each not in self._pending:
+                self._pending[each] = self._executor.submit(self._assemble_step, each)
         try:
-            micro_batches = pending[1].result(self._timeout_s)
+            micro_batches = self._pending.pop(step).result(self._timeout_s)
         except FutureTimeoutError as error:
             raise DataError(
                 f"rank {self._dp_rank} waited {self._timeout_s:.0f} s for the data of step {step} in "
                 f"{self._dataset.path}; check that the storage answers"
             ) from error
-        self._pending = (step + 1, self._executor.submit(self._assemble_step, step + 1))
         self.wait_seconds = time.perf_counter() - started
         self.total_wait_seconds += self.wait_seconds
         ids = torch.cat([micro_batch.sequence_ids for micro_batch in micro_batches]).numpy()
         self._consumed = (step, hash_sequences(ids))
+        if self.quarantined:
+            self._masked.update(sequence for sequence in ids.tolist() if sequence in self.quarantined)
+            self.n_quarantined = len(self._masked)
         return micro_batches
+
+    def check_damage(self, total: int) -> int:
+        """Decides by the damage of all ranks, so that all decide alike; `cursor` saves the number from then on.
+
+        Args:
+            total: the ranks' sum of `n_quarantined`.
+
+        Returns:
+            The sequences masked since the run's beginning.
+
+        Raises:
+            DataError: they exceed data.damage_budget.
+        """
+        self._damage[1] = total
+        masked, n_sequences = sum(self._damage), self._plan.n_sequences()
+        allowed = max(1, int(self._damage_budget * n_sequences))
+        if masked > allowed:
+            own = f"; one of them: {next(iter(self.quarantined.values()))}" if self.quarantined else ""
+            raise DataError(
+                f"{masked} damaged sequences exceed data.damage_budget = {self._damage_budget} ({allowed} of "
+                f"{n_sequences} sequences); `trimtab data verify {self._dataset.path}` names what to restore{own}"
+            )
+        return masked
 
     def epoch(self, step: int) -> int:
         """The epoch of a step's first sequence."""
@@ -170,7 +203,7 @@ class Stream:
 
     def cursor(self, next_step: int) -> dict[str, Any]:
         """The cursor in front of a step, plain JSON values."""
-        return cursors.make_cursor(self._plan, self._batches, next_step)
+        return {**cursors.make_cursor(self._plan, self._batches, next_step), "quarantined": sum(self._damage)}
 
     def check_cursor(self, cursor: dict[str, Any]) -> int:
         """Checks that a saved cursor continues this stream and returns its next step.
@@ -187,6 +220,7 @@ class Stream:
                 f"step at sequence {here}; keep train.global_batch_size, or continue from the saved batches "
                 f"(data.cursor.batches_of) with `then(step, size)`"
             )
+        self._damage = [int(cursor.get("quarantined", 0)), 0]
         return step
 
     def close(self) -> None:
@@ -202,57 +236,77 @@ class Stream:
 
     def _assemble_step(self, step: int) -> list[MicroBatch]:
         ids = self.global_ids(step)[self._dp_rank :: self._dp_size]
+        if is_remote(self._dataset.path):
+            self._dataset.train.prefetch(set().union(*map(self._plan.shards_near, ids.tolist())))
         return [
             self._assemble(ids[start : start + self._micro_batch_size])
             for start in range(0, len(ids), self._micro_batch_size)
         ]
 
-    def _assemble(self, ids: np.ndarray) -> MicroBatch:
-        """Reads and lays out the sequences of one micro-batch."""
-        shape = (len(ids), self._plan.seq_len)
+    def _assemble(self, ids: np.ndarray, *, each_checked: bool = False) -> MicroBatch:
+        """Reads and lays out the sequences of one micro-batch.
+
+        Tokens are copied in their stored width, one token more than a sequence has targets, and both tensors are
+        widened from that at once. The vocabulary is checked at once too: only if a token is outside it, everything is
+        laid out again, `each_checked`, to find out whose it is.
+        """
+        n, seq_len = len(ids), self._plan.seq_len
         eod_id = self._dataset.manifest.eod_id
-        tokens, targets = np.full(shape, eod_id, np.int64), np.full(shape, eod_id, np.int64)
-        doc_ids, mask = np.zeros(shape, np.int64), np.zeros(shape, bool)
+        stored = np.full((n, seq_len + 1), eod_id, self._dataset.train.dtype)
+        doc_ids = np.zeros((n, seq_len), np.int64)
+        contexts: list[tuple[int, int, int]] = []
+        filled = []
         for row, sequence in enumerate(ids.tolist()):
             if self._closed.is_set():
                 raise DataError("the stream was closed while it was read")
             try:
-                self._fill(sequence, tokens[row], targets[row], doc_ids[row], mask[row])
+                n_targets, own_contexts = self._fill(sequence, stored[row], doc_ids[row], each_checked)
             except DamagedSampleError as error:
                 if self._on_damage == "fail":
                     raise
-                self._quarantine(sequence, error)
-                tokens[row], targets[row], doc_ids[row], mask[row] = eod_id, eod_id, 0, False
-        return MicroBatch(*(torch.from_numpy(array) for array in (tokens, targets, doc_ids, mask, ids.copy())))
+                self.quarantined[sequence] = str(error)
+                stored[row], doc_ids[row], n_targets, own_contexts = eod_id, 0, 0, []
+            filled.append(n_targets)
+            contexts += [(row, column, token) for column, token in own_contexts]
+        if not each_checked and int(stored.max()) >= self._dataset.train.vocab_size:
+            return self._assemble(ids, each_checked=True)
+        tokens, targets = stored[:, :-1].astype(np.int64), stored[:, 1:].astype(np.int64)
+        for row, column, token in contexts:
+            tokens[row, column] = token
+        mask = np.ones((n, seq_len), bool)
+        for row, n_targets in enumerate(filled):
+            if n_targets < seq_len:
+                mask[row, n_targets:] = False
+        return MicroBatch(*map(torch.from_numpy, (tokens, targets, doc_ids, mask, ids.copy())))
 
     def _fill(
-        self, sequence: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray, mask: np.ndarray
-    ) -> None:
-        """Lays out one sequence's pieces in rows (S,) that hold padding beforehand."""
+        self, sequence: int, stored: np.ndarray, doc_ids: np.ndarray, checked: bool
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Lays out one sequence in rows (seq_len + 1,) of end tokens and (seq_len,) of zeros.
+
+        Returns:
+            How many targets it has, and (column, token) where the token in front of a piece is not the target before.
+        """
         at = 0
-        for number, piece in enumerate(self._plan.pieces(sequence)):
-            end = at + piece.stop - piece.start
-            context = piece.start - 1 if piece.start else 0
-            text = self._cache.tokens(piece.shard, piece.row, context, piece.stop)
-            if piece.start:
-                tokens[at:end] = text[:-1]
-                targets[at:end] = text[1:]
-            else:  # the end token, already there as padding, stands in front of a document's first token
-                tokens[at + 1 : end] = text[:-1]
-                targets[at:end] = text
+        contexts = []
+        for number, (shard, document, start, stop) in enumerate(self._plan.layout(sequence)):
+            end = at + stop - start
+            if start == 0:  # in front of it stands an end token: the document's before it, or padding
+                text = self._cache.tokens(shard, document, 0, stop)
+                stored[at + 1 : end + 1] = text
+            else:
+                text = self._cache.tokens(shard, document, start - 1, stop)
+                if number:
+                    contexts.append((at, int(text[0])))
+                    stored[at + 1 : end + 1] = text[1:]
+                else:
+                    stored[: end + 1] = text
             if number:
                 doc_ids[at:] = number
+            if checked:
+                self._dataset.train.check_vocabulary(shard, document, text)
             at = end
-        mask[:at] = True
-
-    def _quarantine(self, sequence: int, error: DamagedSampleError) -> None:
-        self.quarantined[sequence] = str(error)
-        allowed = max(1, int(self._damage_budget * self._plan.n_sequences()))
-        if len(self.quarantined) > allowed:
-            raise DataError(
-                f"{len(self.quarantined)} damaged sequences exceed data.damage_budget = {self._damage_budget} "
-                f"({allowed} of {self._plan.n_sequences()} sequences); the last one: {error}"
-            ) from error
+        return at, contexts
 
 
 def check_sizes(lanes: int, dp_size: int, batches: int | Batches, micro_batch_size: int) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from itertools import pairwise
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -39,6 +39,32 @@ class Piece(NamedTuple):
     stop: int
 
 
+class PieceTable(NamedTuple):
+    """The pieces of n sequences that follow each other, one behind the other.
+
+    Attributes: sequence (place among the n), shard, row, start, stop: (pieces,) int64 each, see Piece.
+    """
+
+    sequence: np.ndarray
+    shard: np.ndarray
+    row: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def by_sequence(self, n: int) -> list[list[tuple[int, int, int, int]]]:
+        """The pieces of each of the n sequences, each (shard, row, start, stop)."""
+        pieces = list(zip(*(column.tolist() for column in self[1:]), strict=True))
+        firsts = np.searchsorted(self.sequence, np.arange(n + 1)).tolist()
+        return [pieces[first:stop] for first, stop in pairwise(firsts)]
+
+
+def join_tables(tables: list[PieceTable]) -> PieceTable:
+    """Tables one behind the other."""
+    if len(tables) == 1:
+        return tables[0]
+    return PieceTable(*(np.concatenate(columns) for columns in zip(*tables, strict=True)))
+
+
 class Grouping:
     """Which shards form which window: shards permuted by a key, `window_shards` of them to a window.
 
@@ -58,15 +84,14 @@ class WindowRows:
     """Numbers the documents of a window, in shard order, and finds their shard and row again."""
 
     def __init__(self, lengths: Lengths, shards: tuple[int, ...]) -> None:
-        self._shards = shards
-        counts = [int(lengths.shard_documents[shard]) for shard in shards]
-        self._firsts = [sum(counts[:position]) for position in range(len(counts))]
-        self.n_documents = sum(counts)
+        self._shards = np.array(shards, np.int64)
+        counts = lengths.shard_documents[self._shards]
+        self._firsts = np.cumsum(counts) - counts
 
-    def locate(self, number: int) -> tuple[int, int]:
-        """(shard, row) of a document's number in the window."""
-        position = bisect_right(self._firsts, number) - 1
-        return self._shards[position], number - self._firsts[position]
+    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shards and rows, (n,) each, of documents' numbers (n,) in the window."""
+        positions = np.searchsorted(self._firsts, numbers, "right") - 1
+        return self._shards[positions], numbers - self._firsts[positions]
 
 
 def window_lengths(lengths: Lengths, shards: tuple[int, ...]) -> np.ndarray:

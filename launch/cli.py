@@ -97,9 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     verify.set_defaults(run_command=_checkpoint_verify)
 
+    from launch.bench_commands import add_bench_commands
     from launch.data_commands import add_data_commands
 
     add_data_commands(commands)
+    add_bench_commands(commands)
     return parser
 
 
@@ -209,8 +211,8 @@ def _generate(options: Any) -> int:
         raise ConfigError(["--temperature must not be negative, and --max-new-tokens at least 1"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_run(options.run, device)
-    eod_id = loaded.dataset.manifest.eod_id
-    tokenizer = loaded.dataset.tokenizer
+    tokenizer = loaded.tokenizer
+    eod_id = tokenizer.eod_id
     prompt = [eod_id, *tokenizer.encode(options.prompt).tolist()]
     sys.stdout.write(options.prompt)
     new: list[int] = []

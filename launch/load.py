@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from data.dataset import Dataset, open_dataset
+from data.foreign import foreign_tokenizer
+from data.tokenizer import Tokenizer
 from launch.config import Config, ConfigError, from_tables, read
 from launch.runfolder import RunFolder
 from launch.session import bias_buffers, checkpoint_root
@@ -17,12 +19,17 @@ from parallel.checkpoint import CheckpointError, CheckpointReader, Saved, commit
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's model on one device, with what belongs to it."""
+    """A run's model on one device, with what belongs to it; `dataset` is None for data.mode = "stream"."""
 
     config: Config
     saved: Saved
     model: Transformer
-    dataset: Dataset
+    dataset: Dataset | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data that the run was trained on."""
+        return self.dataset.tokenizer if self.dataset else foreign_tokenizer(self.config.data)
 
 
 def newest_checkpoint(run: RunFolder) -> Saved:
@@ -74,4 +81,5 @@ def load_run(folder: Path, device: torch.device | None = None) -> LoadedRun:
     model.eval()
     if device is not None:
         model.to(device)
-    return LoadedRun(config, saved, model, open_dataset(config.data.path))
+    dataset = open_dataset(config.data.path, config.data.remote()) if config.data.mode == "indexed" else None
+    return LoadedRun(config, saved, model, dataset)

@@ -1,5 +1,6 @@
 """Everything that can be checked before a process group, Ray or even torch is started; all problems in one message."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -69,13 +70,14 @@ def check(
     world_size = world_size_for(config, launcher, mpi_size)
     if launcher == "mpi":
         config = replace(config, cluster=replace(config.cluster, workers=world_size))
-    config = replace(config, data=replace(config.data, path=str(Path(config.data.path).absolute())))
+    if "://" not in config.data.path:
+        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).absolute())))
     if config.checkpoint.dir:
         config = replace(config, checkpoint=replace(config.checkpoint, dir=str(Path(config.checkpoint.dir).absolute())))
     problems += layout_problems(config, launcher, world_size)
     if local_cluster:
         problems += local_capacity_problems(config)
-    builtin, data = _check_data(config, problems)
+    builtin, data = _check_data(config, problems, notes)
     if data is not None:
         notes.append(f"data: reusing {data.path} ({data.n_tokens:,} tokens, {data.tokenizer})")
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
@@ -105,17 +107,17 @@ def local_capacity_problems(config: Config) -> list[str]:
     return found
 
 
-def _check_data(config: Config, problems: list[str]) -> tuple[str, Description | None]:
+def _check_data(config: Config, problems: list[str], notes: list[str]) -> tuple[str, Description | None]:
     """Appends what is wrong with the data; returns the built-in corpus to pack, if any, and what is there."""
     path = config.data.path
-    if config.data.mode != "indexed":
-        problems.append('data.mode = "stream" cannot be trained on yet; pack the data and use data.mode = "indexed"')
+    if config.data.mode == "stream":
+        notes += _check_foreign(config, problems)
         return "", None
     name = builtin_at(path)
     if name and not (Path(path) / "manifest.json").exists() and not (Path(path).exists() and any(Path(path).iterdir())):
         return name, None
     try:
-        data = describe(path)
+        data = describe(path, config.data.remote())
     except DataError as error:
         problems.append(str(error))
         return "", None
@@ -125,6 +127,26 @@ def _check_data(config: Config, problems: list[str]) -> tuple[str, Description |
             f"({data.tokenizer}); use model.vocab_size={data.vocab_size} or more, or pack with a smaller tokenizer"
         )
     return "", data
+
+
+def _check_foreign(config: Config, problems: list[str]) -> list[str]:
+    """Appends what is wrong with plain tar files; returns notes, the first of which says what they cannot do."""
+    from data.foreign import NOT_RESUMABLE, foreign_files, foreign_tokenizer
+
+    try:
+        files = foreign_files(config.data.path)
+        vocab_size = foreign_tokenizer(config.data).vocab_size
+    except DataError as error:
+        problems.append(str(error))
+        return []
+    if importlib.util.find_spec("webdataset") is None:
+        problems.append('data.mode = "stream" needs the package webdataset; pip install webdataset')
+    if vocab_size > config.model.vocab_size:
+        problems.append(
+            f"model.vocab_size = {config.model.vocab_size} is smaller than the {vocab_size} tokens of data.tokenizer = "
+            f"{config.data.tokenizer}; use model.vocab_size={vocab_size} or more"
+        )
+    return [f"data: {len(files)} tar files, NOT RESUMABLE: {NOT_RESUMABLE}"]
 
 
 def _check_run(
@@ -157,6 +179,11 @@ def _check_run(
         problems.append(
             f"data.path = {data.path} holds another dataset (fingerprint {data.fingerprint[:12]}) than the run was "
             f"trained on ({trained_on[:12]}); give that one, another --run, or accept it with --accept-change data.path"
+        )
+    if config.data.mode == "stream" and saved.step < config.train.steps:
+        problems.append(
+            f'data.mode = "stream" cannot be resumed, and {folder} has the checkpoint {saved.newest.name}; give '
+            "another --run to start afresh, or pack the data"
         )
     if saved.step >= config.train.steps:
         notes.append(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.dataset import Dataset, open_dataset
-from data.plan import Plan
+from data.foreign import ForeignStream
 from data.stream import Stream
 from launch.config import Config
+from launch.feed import Feed, open_feed
 from launch.guard import Guard
 from launch.runfolder import RunFolder
 from launch.telemetry import Telemetry
@@ -41,12 +41,17 @@ class Session:
     engine: Engine
     balancer: Balancer
     biases: dict[str, Tensor]
-    dataset: Dataset
-    stream: Stream
+    feed: Feed
     telemetry: Telemetry
     guard: Guard
     stop: threading.Event
     tokens: int = 0
+    masked: int = 0  # sequences masked because a sample was damaged, all ranks
+
+    @property
+    def stream(self) -> Stream | ForeignStream:
+        """Where the batches come from."""
+        return self.feed.stream
 
     @property
     def checkpoints(self) -> Path:
@@ -60,7 +65,7 @@ class Session:
             "optimizer_steps": self.engine.optimizer_steps,
             "tokens": self.tokens,
             "cursor": self.stream.cursor(step),
-            "fingerprint": self.dataset.fingerprint,
+            "fingerprint": self.feed.fingerprint,
             "layout": {
                 "world_size": self.ranks.layout.world_size,
                 "ep_size": self.ranks.layout.ep_size,
@@ -116,8 +121,7 @@ class Session:
 
     def close(self) -> None:
         """Ends background work and closes files."""
-        self.stream.close()
-        self.dataset.close()
+        self.feed.close()
         self.telemetry.close()
 
 
@@ -155,18 +159,7 @@ def assemble(
         from model.probe import attach
 
         attach(model)
-    dataset = open_dataset(config.data.path)
-    stream = Stream(
-        dataset,
-        Plan.of(dataset, config.data),
-        ranks.dp.rank,
-        ranks.dp.size,
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
-        cache_mb=config.data.cache_mb,
-        on_damage=config.data.on_damage,
-        damage_budget=config.data.damage_budget,
-    )
+    feed = open_feed(config, ranks.dp.rank, ranks.dp.size)
     telemetry = Telemetry.open(
         run,
         asdict(config),
@@ -176,9 +169,7 @@ def assemble(
         heatmap_every=config.telemetry.heatmap_every_steps,
     )
     balancer = Balancer(list(biases.values()), config.balance, ranks.dp)
-    return Session(
-        config, run, ranks, device, model, engine, balancer, biases, dataset, stream, telemetry, Guard(), stop
-    )
+    return Session(config, run, ranks, device, model, engine, balancer, biases, feed, telemetry, Guard(), stop)
 
 
 def build_engine(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.foreign import NOT_RESUMABLE
 from launch.evaluate import evaluate
 from launch.load import load_run
 from launch.report import summarize, write_report
@@ -28,6 +29,10 @@ def summarize_run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """
     loaded = load_run(folder)
     run = RunFolder(folder)
+    if loaded.dataset is None:
+        say(f"summary: no held-out documents to evaluate; {NOT_RESUMABLE}")
+        write_report(folder)
+        return show_summary(folder, say)
     with loaded.dataset as dataset:
         eod_id = dataset.manifest.eod_id
         documents = list(dataset.heldout_documents())

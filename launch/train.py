@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from data.errors import DataError
 from data.stream import MicroBatch
 from launch.losses import Weights, compute_losses, target_counts
 from launch.peak import peak_flops
@@ -41,8 +42,8 @@ def train(session: Session, first_step: int) -> dict:
     meter = Meter(session)
     for step in range(first_step, config.train.steps):
         stats = StepStats()
-        batches = stream.read(step)
-        agreed = agree_on_step(session, step, batches)
+        batches, trouble = read_step(session, step)
+        agreed = agree_on_step(session, step, batches, trouble)
         if agreed.stop:
             session.save(step, cause="stop requested")
             return {"status": "stopped", "step": step}
@@ -89,12 +90,38 @@ class Agreement:
     stop: bool
 
 
-def agree_on_step(session: Session, step: int, batches: list[MicroBatch]) -> Agreement:
-    """One integer all-reduce; a stop that any rank was asked for is heeded by all at the same step."""
-    depths = session.config.model.num_nextn_predict_layers
-    targets = target_counts([batch.loss_mask for batch in batches], depths)
-    own = torch.tensor([session.stream.consumed_hash(step), int(session.stop.is_set())], dtype=torch.int64)
-    *total, consumed, stop = session.ranks.dp.all_reduce(torch.cat((targets, own))).tolist()
+def read_step(session: Session, step: int) -> tuple[list[MicroBatch], DataError | None]:
+    """This rank's micro-batches, or why there are none: the others must hear of it before this rank stops."""
+    try:
+        return session.stream.read(step), None
+    except DataError as error:
+        return [], error
+
+
+def agree_on_step(session: Session, step: int, batches: list[MicroBatch], trouble: DataError | None) -> Agreement:
+    """One integer all-reduce: stops, unreadable data and masked sequences are known to all at the same step.
+
+    Raises:
+        DataError: on every rank, when one could not read its data or all have masked more than data.damage_budget.
+    """
+    depths, stream = session.config.model.num_nextn_predict_layers, session.stream
+    targets = torch.zeros(depths + 1, dtype=torch.int64)
+    consumed = 0
+    if trouble is None:
+        targets = target_counts([batch.loss_mask for batch in batches], depths)
+        consumed = stream.consumed_hash(step)
+    own = torch.tensor(
+        [consumed, stream.n_quarantined, int(trouble is not None), int(session.stop.is_set())], dtype=torch.int64
+    )
+    *total, consumed, masked, failed, stop = session.ranks.dp.all_reduce(torch.cat((targets, own))).tolist()
+    if trouble is not None:
+        raise trouble
+    if failed:
+        raise DataError(f"{failed} of the other ranks could not read the data of step {step + 1}; they say why")
+    before = session.masked
+    session.masked = stream.check_damage(masked)
+    if session.masked > before:
+        session.telemetry.event("fault", cause="damaged samples: sequences masked", step=step + 1, total=session.masked)
     return Agreement(total, consumed, stop > 0)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.batches import Batches, Phase
-from data.best_fit import pack_lengths
+from data.best_fit import count_bins, pack_lengths
 from data.errors import DataError
 from data.order import derive_key, hash_numbers, permutation
 from data.plan import Plan
@@ -219,15 +219,28 @@ def test_grouped_best_fit_equals_the_plain_one(capacity: int, draws: list[int]) 
             bins.append([])
         rooms[best] -= size
         bins[best].append(size)
-    groups = pack_lengths(np.bincount(sizes, minlength=capacity) if sizes else np.zeros(capacity, int), capacity)
-    contents = [content for group in groups for content in [expanded(group.content)] * group.n_bins]
+    groups = list(zip(*pack_lengths(histogram(sizes, capacity), capacity), strict=True))
+    contents = [content for n_bins, content in groups for content in [expanded(content)] * n_bins]
     # bins with equal room are interchangeable: which of them takes a piece changes no later choice
     assert sorted(map(sum, contents)) == sorted(map(sum, bins))
     assert sorted(size for content in contents for size in content) == sorted(sizes)
+    handed_out = sorted(
+        (size, first + number * each + place)
+        for n_bins, content in groups
+        for size, first, each in content
+        for number in range(n_bins)
+        for place in range(each)
+    )
+    assert handed_out == sorted((size, number) for size in set(sizes) for number in range(sizes.count(size)))
+    assert count_bins(histogram(sizes, capacity), capacity) == len(contents)
 
 
-def expanded(content: tuple[tuple[int, int], ...]) -> list[int]:
-    return [size for size, each in content for _ in range(each)]
+def histogram(sizes: list[int], capacity: int) -> np.ndarray:
+    return np.bincount(np.array(sizes, np.int64), minlength=capacity)
+
+
+def expanded(content: list[tuple[int, int, int]]) -> list[int]:
+    return [size for size, _, each in content for _ in range(each)]
 
 
 def test_batches_ramp_and_skip() -> None:
@@ -276,3 +289,16 @@ def test_impossible_batches_are_refused(phases: tuple[Phase, ...]) -> None:
 def test_an_empty_dataset_is_refused() -> None:
     with pytest.raises(DataError, match="no tokens"):
         Plan(SyntheticLengths([]), fingerprint="x", seed=0, seq_len=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(shards=SHARDS, seq_len=st.integers(1, 50), packing=PACKINGS, first=st.integers(0, 300), count=st.integers(1, 40))
+def test_sequences_taken_together_are_those_taken_alone(
+    shards: list[list[int]], seq_len: int, packing: str, first: int, count: int
+) -> None:
+    """Blocks of sequences, over the borders of windows and epochs, hold what each sequence holds by itself."""
+    plan = make_plan(shards, seq_len=seq_len, packing=packing)
+    together = plan._order.table(first, count).by_sequence(count)
+    alone = [plan._order.table(sequence, 1).by_sequence(1)[0] for sequence in range(first, first + count)]
+    assert together == alone == [plan.layout(sequence) for sequence in range(first, first + count)]
+    assert all(pieces for pieces in alone)

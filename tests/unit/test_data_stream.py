@@ -281,6 +281,56 @@ def test_quarantine_stops_beyond_its_budget(tmp_path: Path) -> None:
         ):
             for step in range(plan.epoch_steps(24).steps):
                 stream.read(step)
+                stream.check_damage(stream.n_quarantined)
+
+
+def test_ranks_decide_about_damage_together_and_at_the_same_step(tmp_path: Path) -> None:
+    """No rank alone exceeds the budget of one sequence; their sum does, and every rank hears it at the same step."""
+    with open_dataset(pack_small(tmp_path)) as dataset:
+        plan = plan_of(dataset, seq_len=8)
+        for shard, info in enumerate(dataset.manifest.train.shards):
+            flip(dataset.path / info.file, int(dataset.train.records(shard)[0]["offset"]))
+        ranks = [Stream(dataset, plan, rank, 4, 24, 6, on_damage="quarantine") for rank in range(4)]
+        outcomes: list[list[str]] = []
+        for step in range(plan.epoch_steps(24).steps):
+            assert all(len(stream.read(step)) == 1 for stream in ranks)  # damage stops no rank by itself
+            total = sum(stream.n_quarantined for stream in ranks)
+            found = []
+            for stream in ranks:
+                try:
+                    assert stream.check_damage(total) == total
+                    found.append("goes on")
+                except DataError as error:
+                    assert str(error).startswith(f"{total} damaged sequences exceed data.damage_budget")
+                    found.append("stops")
+            outcomes.append(found)
+            assert len(set(found)) == 1
+            assert (total > 1) == (found[0] == "stops")
+            if total > 1:
+                break
+        assert outcomes[-1] == ["stops"] * 4
+        saved = ranks[0].cursor(step)
+        assert saved["quarantined"] == total
+        for stream in ranks:
+            stream.close()
+        with Stream(dataset, plan, 0, 1, 24, 6, on_damage="quarantine", damage_budget=1.0) as resumed:
+            resumed.check_cursor(saved)
+            assert resumed.check_damage(0) == total  # the budget goes on where it was
+
+
+def test_a_rollback_does_not_count_damage_twice(tmp_path: Path) -> None:
+    with open_dataset(pack_small(tmp_path)) as dataset:
+        plan = plan_of(dataset)
+        path, offset, _, _ = damaged_place(dataset, plan, 0, 12)
+        flip(path, offset)
+        with Stream(dataset, plan, 0, 1, 12, 12, on_damage="quarantine", damage_budget=1.0) as stream:
+            stream.read(0)
+            once = stream.n_quarantined
+            stream.read(1)
+            twice = stream.n_quarantined
+            stream.read(0)
+            stream.read(1)
+            assert 0 < once <= twice == stream.n_quarantined
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
@@ -308,9 +358,9 @@ def test_prefetch_hides_slow_storage_and_waiting_is_measured(dataset: Dataset, m
         first = stream.wait_seconds
         assert first >= 0.1
         deadline = time.monotonic() + 20
-        while 1 not in assembled and time.monotonic() < deadline:
+        while 2 not in assembled and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert assembled == [0, 1]  # step 1 was read ahead while nobody asked for it
+        assert assembled == [0, 1, 2]  # steps 1 and 2 were read ahead while nobody asked for it
         stream.read(1)
         assert stream.wait_seconds < first
         assert stream.total_wait_seconds == first + stream.wait_seconds

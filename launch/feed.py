@@ -1,0 +1,52 @@
+"""Where a rank's batches come from: the resumable stream over packed data, or plain tar files (data.mode "stream")."""
+
+from dataclasses import dataclass
+
+from data.dataset import Dataset, open_dataset
+from data.foreign import ForeignStream
+from data.plan import Plan
+from data.stream import Stream
+from launch.config import Config
+
+NO_FINGERPRINT = "plain tar files, not resumable"
+
+
+@dataclass
+class Feed:
+    """The stream of one rank, and the dataset behind it; plain tar files have none."""
+
+    stream: Stream | ForeignStream
+    dataset: Dataset | None
+
+    @property
+    def fingerprint(self) -> str:
+        """What a checkpoint records of the data."""
+        return self.dataset.fingerprint if self.dataset else NO_FINGERPRINT
+
+    def close(self) -> None:
+        """Ends background reading and closes files."""
+        self.stream.close()
+        if self.dataset:
+            self.dataset.close()
+
+
+def open_feed(config: Config, dp_rank: int, dp_size: int) -> Feed:
+    """Opens the data of one rank.
+
+    Raises:
+        DataError: the data cannot be used; says why and what to do.
+    """
+    sizes = (dp_rank, dp_size, config.train.global_batch_size, config.train.micro_batch_size)
+    if config.data.mode == "stream":
+        return Feed(ForeignStream(config.data, *sizes), None)
+    dataset = open_dataset(config.data.path, config.data.remote())
+    stream = Stream(
+        dataset,
+        Plan.of(dataset, config.data),
+        *sizes,
+        cache_mb=config.data.cache_mb,
+        on_damage=config.data.on_damage,
+        damage_budget=config.data.damage_budget,
+        timeout_s=max(600.0, 2 * config.data.deadline_s),
+    )
+    return Feed(stream, dataset)

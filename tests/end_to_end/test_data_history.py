@@ -1,0 +1,96 @@
+"""One run, killed and resumed at other sizes, has the ledger and the losses of an undisturbed run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from data.pack import pack
+from tests.end_to_end.conftest import ROOT, TRIMTAB, events, metrics
+
+STEPS = 24
+
+
+def killed(config: Path, run: Path, workers: int, after: int) -> None:
+    """Starts the run with so many workers and kills everything once `after` steps are done."""
+    process = subprocess.Popen(
+        [*TRIMTAB, "train", str(config), *arguments(workers), "--run", str(run), "--launcher", "local"],
+        cwd=run.parent, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(ledger(run)) < after:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{after} steps took more than 120 s"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def arguments(workers: int) -> list[str]:
+    return [f"train.steps={STEPS}", "checkpoint.every_steps=5", f"cluster.workers={workers}",
+            f"parallel.ep_size={min(2, workers)}"]  # fmt: skip
+
+
+def ledger(run: Path) -> list[dict]:
+    """The whole lines of a run's ledger."""
+    path = run / "ledger.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def committed(run: Path) -> dict[int, dict]:
+    """The last line of every step."""
+    return {line["step"]: line for line in ledger(run)}
+
+
+@pytest.mark.slow
+def test_killed_at_two_and_four_workers_and_finished_by_one(trimtab, config: Path, tmp_path: Path) -> None:
+    done = trimtab("train", config, *arguments(1), "--run", tmp_path / "whole", "--launcher", "local", "--no-summary")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "disturbed"
+    killed(config, run, workers=2, after=7)
+    seen = len(ledger(run))
+    killed(config, run, workers=4, after=seen + 7)
+    done = trimtab(
+        "train", config, *arguments(1), "--run", run, "--launcher", "local", "--no-summary", "--resume", "must"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    assert [event["world_size"] for event in events(run) if event["kind"] == "start"] == [2, 4, 1]
+    assert committed(run) == committed(tmp_path / "whole") and sorted(committed(run)) == list(range(1, STEPS + 1))
+    expected = [record["loss"] for record in metrics(tmp_path / "whole")]
+    assert [record["loss"] for record in metrics(run)] == pytest.approx(expected, abs=1e-5)
+    for folder in (run, tmp_path / "whole"):
+        audited = trimtab("data", "audit", folder, "--json")
+        assert audited.returncode == 0, audited.stdout + audited.stderr
+        report = json.loads(audited.stdout.splitlines()[-1])
+        assert report["ok"] and report["steps"] == STEPS and report["sequences"] == STEPS * 8
+
+
+@pytest.mark.slow
+def test_damage_that_one_rank_meets_stops_all_ranks_and_quarantine_goes_on(trimtab, config, tmp_path: Path) -> None:
+    pack([str(ROOT / "parallel")], tmp_path / "data", tokenizer="bytes", heldout_kib=4)
+    (shard,) = (tmp_path / "data").glob("train-*.tar")
+    content = bytearray(shard.read_bytes())
+    for place in range(600, len(content) - 20000, 9000):
+        content[place] ^= 0x01
+    shard.write_bytes(content)
+    command = ["train", config, f"data.path={tmp_path / 'data'}", "--launcher", "local", "--no-summary"]
+    started = time.monotonic()
+    done = trimtab(*command, "--run", tmp_path / "fails")
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and time.monotonic() - started < 60
+    assert re.search(r"train-00000\.tar: sample \d+ at byte \d+: its checksum is wrong", said), said
+
+    done = trimtab(*command, 'data.on_damage="quarantine"', "--run", tmp_path / "over")
+    assert done.returncode == 1 and "damaged sequences exceed data.damage_budget" in done.stdout + done.stderr
+    done = trimtab(*command, 'data.on_damage="quarantine"', "data.damage_budget=1.0", "--run", tmp_path / "masked")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(metrics(tmp_path / "masked")) == 6
+    assert any("damaged samples" in event.get("cause", "") for event in events(tmp_path / "masked"))
