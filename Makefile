@@ -9,7 +9,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TRAIN ?=
 
-.PHONY: setup train test check drill clean-runs
+.PHONY: setup train test check drill
 
 setup: $(STAMP)
 
