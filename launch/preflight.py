@@ -69,8 +69,8 @@ def check(
     world_size = world_size_for(config, launcher, mpi_size)
     if launcher == "mpi":
         config = replace(config, cluster=replace(config.cluster, workers=world_size))
-    if "://" not in config.data.path:
-        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).absolute())))
+    mixture = tuple(_absolute(path) for path in config.data.mixture)
+    config = replace(config, data=replace(config.data, path=_absolute(config.data.path), mixture=mixture))
     if config.checkpoint.dir:
         config = replace(config, checkpoint=replace(config.checkpoint, dir=str(Path(config.checkpoint.dir).absolute())))
     problems += layout_problems(config, launcher, world_size)
@@ -110,20 +110,32 @@ def _check_data(config: Config, problems: list[str]) -> tuple[str, list[str]]:
     path = config.data.path
     if config.data.mode == "stream":
         return "", _check_foreign(config, problems)
+    if config.data.mixture:
+        return "", [note for source in config.data.mixture for note in _check_dataset(config, source, problems)]
     name = builtin_at(path)
     if name and not (Path(path) / "manifest.json").exists() and not (Path(path).exists() and any(Path(path).iterdir())):
         return name, []
+    return "", _check_dataset(config, path, problems)
+
+
+def _check_dataset(config: Config, path: str, problems: list[str]) -> list[str]:
+    """Appends what is wrong with one packed dataset; returns notes."""
     try:
         data = describe(path, config.data.remote())
     except DataError as error:
         problems.append(str(error))
-        return "", []
+        return []
     if data.vocab_size > config.model.vocab_size:
         problems.append(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {data.vocab_size} tokens of {path} "
             f"({data.tokenizer}); use model.vocab_size={data.vocab_size} or more, or pack with a smaller tokenizer"
         )
-    return "", [f"data: reusing {path} ({data.n_tokens:,} tokens, {data.tokenizer})"]
+    return [f"data: reusing {path} ({data.n_tokens:,} tokens, {data.tokenizer})"]
+
+
+def _absolute(path: str) -> str:
+    """A path from the root; addresses stay as they are."""
+    return path if "://" in path or not path else str(Path(path).absolute())
 
 
 def _check_foreign(config: Config, problems: list[str]) -> list[str]:
