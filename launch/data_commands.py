@@ -22,7 +22,9 @@ def add_data_commands(commands: Any) -> None:
     )
     pack.add_argument("sources", nargs="+", metavar="SOURCE", help="a folder, a file, or the built-in corpus `python`")
     pack.add_argument("--out", required=True, type=Path, help="the dataset's folder")
-    pack.add_argument("--tokenizer", default="bpe:4096", help="bytes, bpe:N or a tokenizer.json (default: bpe:4096)")
+    pack.add_argument(
+        "--tokenizer", default="bpe:4096", help="bytes, bpe:N, deepseek or a tokenizer.json (default: bpe:4096)"
+    )
     pack.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB (default: 64)")
     pack.add_argument("--heldout", type=float, default=0.02, help="share of documents held out (default: 0.02)")
     pack.add_argument("--licence", help="licence of documents whose source does not say it (an SPDX name)")
