@@ -87,7 +87,7 @@ def pack(
     """
     started = time.perf_counter()
     out = Path(out)
-    _check_arguments(sources, tokenizer, shard_mb, heldout, heldout_kib)
+    _check_arguments(sources, tokenizer, shard_mb, heldout, heldout_kib, workers)
     opened = _name_apart([open_source(spec, licence) for spec in sources])
     signature = _signature(opened, tokenizer, shard_mb, heldout, heldout_kib)
     replace = out.is_dir() and any(out.iterdir())
@@ -117,7 +117,9 @@ def pack(
         record = {
             "signature": signature,
             "fingerprint": manifest.fingerprint,
-            "sources": [str(Path(spec).resolve()) if spec not in BUILTIN_CORPORA else spec for spec in sources],
+            "sources": [
+                spec if spec in BUILTIN_CORPORA or "://" in spec else str(Path(spec).resolve()) for spec in sources
+            ],
             "python": platform.python_version(),
             "seconds": round(time.perf_counter() - started, 3),
         }
@@ -158,11 +160,13 @@ def builtin_at(path: str | Path) -> str | None:
 
 
 def _check_arguments(
-    sources: Sequence[str], tokenizer: str, shard_mb: float, heldout: float, heldout_kib: float
+    sources: Sequence[str], tokenizer: str, shard_mb: float, heldout: float, heldout_kib: float, workers: int
 ) -> None:
     found = check_spec(tokenizer)
     if not sources:
         found.append("no source was given; give a folder, files or a built-in corpus")
+    if workers < 1:
+        found.append(f"workers = {workers} is too few; use at least 1")
     if not shard_mb > 0:
         found.append(f"shard_mb = {shard_mb} is too small; use for example 64")
     if not 0 <= heldout <= 0.5:

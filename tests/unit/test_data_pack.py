@@ -459,3 +459,41 @@ def test_opening_a_dataset_with_changed_files(tmp_path: Path) -> None:
     changed = json.dumps({**manifest, "vocab_size": 300}, indent=1, sort_keys=True).encode()
     broken("manifest.json", changed, "changed after packing")
     open_dataset(path).close()
+
+
+def test_sources_at_addresses_pack_like_local_ones(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    source = write_folder(tmp_path / "texts", n_documents=12)
+    for path in source.iterdir():
+        memory.pipe_file(f"/bucket/texts/{path.name}", path.read_bytes())
+    rows = [{"text": f"row {number}", "licence": "CC0-1.0"} for number in range(9)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    memory.pipe_file("/bucket/rows.jsonl", lines.encode())
+    options: dict = {"tokenizer": "bytes", "licence": "MIT"}
+    local = pack([str(source), str(tmp_path / "rows.jsonl")], tmp_path / "local", **options)
+    remote = pack(["memory://bucket/texts", "memory://bucket/rows.jsonl"], tmp_path / "remote", **options)
+    assert remote.manifest.fingerprint == local.manifest.fingerprint
+    assert pack(["memory://bucket/texts", "memory://bucket/rows.jsonl"], tmp_path / "remote", **options).reused
+    listed = list(read_documents(tmp_path / "remote"))
+    assert {row["licence"] for row in listed} == {"MIT", "CC0-1.0"} and {row["source"] for row in listed} == {
+        "texts",
+        "rows.jsonl",
+    }
+    with pytest.raises(DataError, match="no file is there"):
+        pack(["memory://bucket/none"], tmp_path / "x", **options)
+    with pytest.raises(DataError, match="not a plain address"):
+        pack(["pipe::memory://bucket/texts"], tmp_path / "x", **options)
+
+
+def test_parquet_at_an_address(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    fsspec = pytest.importorskip("fsspec")
+    import pyarrow.parquet
+
+    texts = [f"row {number}" for number in range(7)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    fsspec.filesystem("memory").pipe_file("/bucket/rows.parquet", (tmp_path / "rows.parquet").read_bytes())
+    local, remote = (open_source(spec) for spec in (str(tmp_path / "rows.parquet"), "memory://bucket/rows.parquet"))
+    assert [document.text for document in remote.read()] == texts == [document.text for document in local.read()]
