@@ -129,8 +129,7 @@ def open_source(spec: str, licence: str | None = None) -> Source:
 
     Args:
         spec: a built-in corpus's name, a folder, a file, or an fsspec address of a folder or file (s3://bucket/texts).
-            A name that is both is taken as the built-in corpus;
-            write ./NAME for the folder.
+            A name that is both is taken as the built-in corpus; write ./NAME for the folder.
         licence: SPDX name of the licence, where the source does not say it itself.
 
     Raises:

@@ -115,7 +115,7 @@ class Storage:
         return self._system.open(f"{self._root}/{name}", "rb")
 
     def find(self) -> dict[str, dict[str, Any]]:
-        """What the storage says of every file below the address, by name; "" is the address itself; Raises as `read`."""
+        """What the storage says of every file below the address, by name; "" is the address itself."""
 
         def once() -> dict[str, dict[str, Any]]:
             found = self._system.find(self._root, detail=True)

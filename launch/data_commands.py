@@ -38,7 +38,7 @@ def add_data_commands(commands: Any) -> None:
     verify = actions.add_parser(
         "verify", help="read every byte back", epilog="example: trimtab data verify datasets/python"
     )
-    verify.add_argument("path", type=Path)
+    verify.add_argument("path")
     verify.add_argument("--json", action="store_true")
     verify.set_defaults(run_command=_verify)
 
