@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.config import DataConfig
-from data.dataset import open_dataset
 from data.errors import DataError
 from data.ledger import format_hash, hash_sequences
+from data.mixture import MixedPlan, open_data, plan_of
 from data.plan import Plan
 
 _SHOWN = 20
@@ -29,7 +29,8 @@ class AuditReport:
         n_lines: lines read; n_steps: steps of the committed history; n_replaced: lines of steps that a rollback or a
             restart undid and repeated; n_torn: half-written lines that were passed over.
         n_sequences: sequences of the committed history; n_skipped: sequences left out on purpose (skip ranges).
-        epochs: (epoch, sequences consumed, sequences it has) of every epoch touched.
+        epochs: (epoch, sequences consumed, sequences it has) of every epoch touched; of a mixture, the epochs of each
+            source, "N of SOURCE".
     """
 
     problems: tuple[str, ...]
@@ -39,7 +40,7 @@ class AuditReport:
     n_torn: int
     n_sequences: int
     n_skipped: int
-    epochs: tuple[tuple[int, int, int], ...]
+    epochs: tuple[tuple[int | str, int, int], ...]
 
     @property
     def ok(self) -> bool:
@@ -72,19 +73,27 @@ def audit_run(run: str | Path, data_path: str | Path | None = None) -> AuditRepo
     """
     run = Path(run)
     try:
-        settings = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("data", {})
+        tables = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        settings, batch = tables.get("data", {}), int(tables.get("train", {}).get("global_batch_size", 1))
         text = (run / "ledger.jsonl").read_text(encoding="utf-8", errors="replace")
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"{run}: is not a run that can be audited ({error}); give the folder of a run") from error
     known = {field.name for field in fields(DataConfig)}
-    config = DataConfig(**{key: value for key, value in settings.items() if key in known})
+    config = DataConfig(**{key: _frozen(value) for key, value in settings.items() if key in known})
     if config.mode != "indexed":
         raise DataError(f'{run}: ran with data.mode = "{config.mode}", which has no plan to audit against')
-    with open_dataset(data_path or config.path, config.remote()) as dataset:
-        return audit(text.splitlines(), Plan.of(dataset, config))
+    if data_path:
+        config = replace(config, path=str(data_path))
+    with open_data(config) as dataset:
+        return audit(text.splitlines(), plan_of(dataset, config, batch))
 
 
-def audit(lines: Iterable[str], plan: Plan) -> AuditReport:
+def _frozen(value: Any) -> Any:
+    """A TOML value with tuples for lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def audit(lines: Iterable[str], plan: Plan | MixedPlan) -> AuditReport:
     """Audits a ledger's lines against a plan.
 
     A line of step s undoes all earlier lines of steps >= s: that is what a restart from a checkpoint or a rollback did.
@@ -184,12 +193,14 @@ def _unskipped(start: int, stop: int, skipped: Iterable[tuple[int, int]]) -> int
     return int((~covered).sum())
 
 
-def _ids(plan: Plan, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+def _ids(plan: Plan | MixedPlan, ranges: Sequence[tuple[int, int]]) -> np.ndarray:
     numbers = [np.arange(start, stop, dtype=np.int64) for start, stop in ranges]
     return plan.sequence_ids(np.concatenate(numbers)) if numbers else np.empty(0, np.int64)
 
 
-def _count_epochs(plan: Plan, ids_by_step: list[np.ndarray], problems: list[str]) -> Iterator[tuple[int, int, int]]:
+def _count_epochs(
+    plan: Plan | MixedPlan, ids_by_step: list[np.ndarray], problems: list[str]
+) -> Iterator[tuple[int | str, int, int]]:
     """Counts how often each sequence of each epoch was consumed, whatever the ranges say."""
     if not ids_by_step:
         return
@@ -197,10 +208,11 @@ def _count_epochs(plan: Plan, ids_by_step: list[np.ndarray], problems: list[str]
     repeated = ids[:-1][ids[1:] == ids[:-1]]
     if len(repeated):
         problems.append(f"{len(repeated)} sequences were consumed more than once, the first is {int(repeated[0])}")
-    epoch = plan.epoch_of(int(ids[0])) if len(ids) else 0
-    while len(ids):
-        stop = int(np.searchsorted(ids, plan.epoch_start(epoch + 1)))
-        if stop:
-            yield epoch, stop, plan.n_sequences(epoch)
-        ids = ids[stop:]
-        epoch += 1
+    for name, source, own in plan.parts(ids):
+        epoch = source.epoch_of(int(own[0])) if len(own) else 0
+        while len(own):
+            stop = int(np.searchsorted(own, source.epoch_start(epoch + 1)))
+            if stop:
+                yield (f"{epoch} of {name}" if name else epoch), stop, source.n_sequences(epoch)
+            own = own[stop:]
+            epoch += 1

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from data.dataset import Split
+
+if TYPE_CHECKING:
+    from data.mixture import MixedSplit
 
 LARGE_BYTES = 1 << 20
 
@@ -16,7 +21,7 @@ class DocumentCache:
     first go first. Larger ones are verified whole once and then read by range.
     """
 
-    def __init__(self, split: Split, capacity_mb: int) -> None:
+    def __init__(self, split: Split | MixedSplit, capacity_mb: int) -> None:
         self._split, self._capacity = split, capacity_mb << 20
         self._kept: dict[tuple[int, int], np.ndarray] = {}
         self._kept_bytes = 0

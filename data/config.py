@@ -16,6 +16,10 @@ class DataConfig:
     Attributes:
         path: folder of a packed dataset, or its address in a remote storage that fsspec knows (s3://bucket/corpus, gs,
             https, ...); with mode "stream" a folder, file or pattern of plain tar files.
+        mixture: several datasets instead of `path`, folders or addresses, packed with one tokenizer.
+        weights: share of each source in the sequences, in any unit; empty are equal shares.
+        curriculum: weights that change, instead of `weights`: rows of a step from which on they hold (the first is 0,
+            counted in batches of train.global_batch_size) and a weight for each source.
         seq_len: targets in one sequence; a sequence spans seq_len + 1 tokens.
         seed: seed of the order.
         packing: "split" concatenates documents and cuts every seq_len tokens, "best_fit" keeps documents whole where
@@ -36,6 +40,9 @@ class DataConfig:
     """
 
     path: str = "datasets/python"
+    mixture: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    curriculum: tuple[tuple[float, ...], ...] = ()
     seq_len: int = 256
     seed: int = 0
     packing: Literal["split", "best_fit"] = "split"
@@ -50,6 +57,28 @@ class DataConfig:
     mode: Literal["indexed", "stream"] = "indexed"
     tokenizer: str = "bytes"
 
+    def _mixture_problems(self) -> list[str]:
+        n, found = len(self.mixture), []
+        if not n and (self.weights or self.curriculum):
+            found.append("data.weights and data.curriculum need data.mixture; name the sources there")
+        if self.weights and self.curriculum:
+            found.append("data.weights and data.curriculum exclude each other; put the weights into its first row")
+        if n and self.mode == "stream":
+            found.append('data.mixture needs an index; use data.mode = "indexed"')
+        if len(set(self.mixture)) < n:
+            found.append("data.mixture names a source twice; raise its weight instead")
+        rows = [("data.weights", self.weights)] if self.weights else []
+        rows += [(f"data.curriculum[{place}]", row[1:]) for place, row in enumerate(self.curriculum)]
+        for key, weights in rows:
+            if n and (
+                len(weights) != n or not all(0 <= weight < float("inf") for weight in weights) or not any(weights)
+            ):
+                found.append(f"{key} = {list(weights)} must be {n} weights from 0 up, one for each source, not all 0")
+        steps = [row[0] if row else -1 for row in self.curriculum]
+        if steps and (steps[0] != 0 or any(step != int(step) for step in steps) or sorted(set(steps)) != steps):
+            found.append(f"data.curriculum begins at the steps {steps}; they must be whole, begin with 0 and rise")
+        return found
+
     def remote(self) -> Remote:
         """How to reach a remote dataset."""
         return Remote(self.cache_dir, self.cache_gb, self.deadline_s)
@@ -59,7 +88,9 @@ class DataConfig:
         found = []
         if not self.path:
             found.append("data.path is empty; give the folder of a packed dataset, for example datasets/python")
-        found += address_problems(self.path)
+        for path in (self.path, *self.mixture):
+            found += address_problems(path)
+        found += self._mixture_problems()
         if self.cache_gb < 0:
             found.append(f"data.cache_gb = {self.cache_gb} is negative; use 0 to keep no remote shards")
         if not self.deadline_s > 0:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.builtin import BUILTIN_CORPORA, BuiltinCorpus
 from data.errors import DataError
+from data.remote_files import RemoteFile, list_files
+from data.storage import is_remote, local_path
 
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "COPYING", "COPYING.txt")
 
@@ -43,7 +45,7 @@ class Source:
 
     name: str
     licence: str
-    files: list[tuple[str, Path]]
+    files: Sequence[tuple[str, Path | RemoteFile]]
     kind: str
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -51,9 +53,10 @@ class Source:
         """Yields the documents; counts in `skipped` what is empty or not UTF-8 text."""
         self.skipped = Counter()
         for name, path in self.files:
-            if self.kind == "jsonl":
+            kind = _kind(name) if self.kind == "folder" and isinstance(path, RemoteFile) else self.kind
+            if kind == "jsonl":
                 yield from self._read_jsonl(name, path)
-            elif self.kind == "parquet":
+            elif kind == "parquet":
                 yield from self._read_parquet(name, path)
             else:
                 yield from self._make(name, _read_bytes(path), self.licence)
@@ -74,7 +77,7 @@ class Source:
         else:
             yield Document(name, data, self.name, licence)
 
-    def _read_jsonl(self, name: str, path: Path) -> Iterator[Document]:
+    def _read_jsonl(self, name: str, path: Path | RemoteFile) -> Iterator[Document]:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
@@ -89,13 +92,13 @@ class Source:
                     ) from error
                 yield from self._make_row(f"{name}:{number}", text, row)
 
-    def _read_parquet(self, name: str, path: Path) -> Iterator[Document]:
+    def _read_parquet(self, name: str, path: Path | RemoteFile) -> Iterator[Document]:
         try:
             import pyarrow.parquet
         except ImportError as error:
             raise DataError(f"{path}: reading Parquet needs the package pyarrow; pip install pyarrow") from error
         try:
-            table = pyarrow.parquet.ParquetFile(path)
+            table = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open())
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: is not a readable Parquet file ({error})") from error
         columns = table.schema_arrow.names
@@ -125,8 +128,8 @@ def open_source(spec: str, licence: str | None = None) -> Source:
     """Finds out what a source is and lists its files in a fixed order.
 
     Args:
-        spec: a built-in corpus's name, a folder, or a file. A name that is both is taken as the built-in corpus;
-            write ./NAME for the folder.
+        spec: a built-in corpus's name, a folder, a file, or an fsspec address of a folder or file (s3://bucket/texts).
+            A name that is both is taken as the built-in corpus; write ./NAME for the folder.
         licence: SPDX name of the licence, where the source does not say it itself.
 
     Raises:
@@ -135,7 +138,11 @@ def open_source(spec: str, licence: str | None = None) -> Source:
     if spec in BUILTIN_CORPORA:
         corpus = BUILTIN_CORPORA[spec]
         return Source(corpus.origin(), corpus.licence, _builtin_files(corpus), "folder")
-    path = Path(spec).expanduser()
+    if is_remote(spec):
+        remote = list_files(spec)
+        kind = _kind(remote[0][0]) if len(remote) == 1 else "folder"
+        return Source(spec.rstrip("/").rpartition("/")[2], licence or "unknown", remote, kind)
+    path = local_path(spec).expanduser()
     if path.is_dir():
         files = _walk(path)
         if not files:
@@ -146,8 +153,11 @@ def open_source(spec: str, licence: str | None = None) -> Source:
             f"source {spec!r} is neither a built-in corpus ({', '.join(sorted(BUILTIN_CORPORA))}) nor an existing "
             f"folder or file"
         )
-    kind = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(path.suffix.lower(), "text")
-    return Source(path.name, licence or "unknown", [(path.name, path)], kind)
+    return Source(path.name, licence or "unknown", [(path.name, path)], _kind(path.name))
+
+
+def _kind(name: str) -> str:
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(Path(name).suffix.lower(), "text")
 
 
 def _builtin_files(corpus: BuiltinCorpus) -> list[tuple[str, Path]]:
@@ -179,7 +189,7 @@ def _find_licence(root: Path) -> str:
     return "unknown"
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path | RemoteFile) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.batches import Batches, Phase
 from data.errors import DataError
 from data.plan import Plan
+
+if TYPE_CHECKING:
+    from data.mixture import MixedPlan
 
 _NAMES = {
     "fingerprint": "the dataset (data.path)",
@@ -16,10 +19,11 @@ _NAMES = {
     "packing": "data.packing",
     "lanes": "data.lanes",
     "window_shards": "data.window_shards",
+    "mixture": "data.mixture's weights (data.weights, data.curriculum)",
 }
 
 
-def make_cursor(plan: Plan, batches: Batches, next_step: int) -> dict[str, Any]:
+def make_cursor(plan: Plan | MixedPlan, batches: Batches, next_step: int) -> dict[str, Any]:
     """The cursor in front of a step, to be saved in the same commit as the weights; plain JSON values.
 
     Keys: the plan's identity, next_step, next_sequence (order number), epoch, phases and skip_ranges (see Batches).
@@ -35,16 +39,21 @@ def make_cursor(plan: Plan, batches: Batches, next_step: int) -> dict[str, Any]:
     }
 
 
-def check_cursor(cursor: dict[str, Any], plan: Plan) -> None:
+def check_cursor(cursor: dict[str, Any], plan: Plan | MixedPlan) -> None:
     """Checks that a cursor continues this plan.
 
     Raises:
         DataError: it lacks a key, or names another dataset or order; the message lists every difference.
     """
-    missing = [key for key in (*_NAMES, "next_step", "next_sequence", "phases", "skip_ranges") if key not in cursor]
+    missing = [
+        key
+        for key in (*_NAMES, "next_step", "next_sequence", "phases", "skip_ranges")
+        if key not in cursor and key != "mixture"
+    ]
     if missing:
         raise DataError(f"the data cursor lacks {', '.join(missing)}; it is not one of this program, resume elsewhere")
-    here = plan.identity()
+    here = {"mixture": [], **plan.identity()}
+    cursor = {"mixture": [], **cursor}
     differing = [
         f"{name} was {cursor[key]!r} and is {here[key]!r}" for key, name in _NAMES.items() if cursor[key] != here[key]
     ]

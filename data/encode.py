@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from data.corpus import Document, Source
+from data.encoding import Encoding
 from data.errors import DataError
 from data.heldout import HeldoutChoice, split_tail
-from data.manifest import DOCUMENTS, MANIFEST, TOKENIZER, Manifest, SourceInfo, SplitInfo
+from data.manifest import DOCUMENTS, MANIFEST, Manifest, SourceInfo, SplitInfo
+from data.progress import PROGRESS, PackState
 from data.shards import ShardWriter
-from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from data.tokenizer import DEEPSEEK, ByteTokenizer, Tokenizer, deepseek_file, load_tokenizer, train_bpe
 
 _BATCH_BYTES = 4 << 20
 _TRAINING_BYTES = 64 << 20
+_SAVE_BYTES = 64 << 20  # of text between two notes of how far it came
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(phase, bytes done, bytes in total); the total is 0 while it is not known."""
@@ -99,6 +105,8 @@ def make_tokenizer(
     """The tokenizer that `spec` asks for; "bpe:N" is trained on what is not held out, at most 64 MiB of it."""
     if spec == "bytes":
         return ByteTokenizer()
+    if spec == DEEPSEEK:
+        return load_tokenizer(deepseek_file(), DEEPSEEK)
     if not spec.startswith("bpe:"):
         return load_tokenizer(spec)
     entries, total = found.entries, found.n_bytes
@@ -126,25 +134,43 @@ def write_dataset(
     choice: HeldoutChoice,
     encoder: Tokenizer,
     shard_bytes: int,
+    encoding: Encoding,
     report: Progress,
-) -> Manifest:
-    """Last reading: encodes, writes shards, indexes, documents.jsonl, the tokenizer and the manifest."""
-    (folder / TOKENIZER).write_text(encoder.to_json(), encoding="utf-8")
+) -> Manifest | None:
+    """Last reading: encodes, writes shards, indexes, documents.jsonl and the manifest; the tokenizer is in the folder.
+
+    What an interrupted packing has left in the folder is kept. None on processes that only encode.
+    """
     dtype = np.dtype("<u2") if encoder.vocab_size <= 1 << 16 else np.dtype("<u4")
+    state = PackState(**encoding.share(asdict(PackState.load(folder)) if encoding.writes else None))
+    documents = islice(_split(_kept(opened, found.entries), choice), state.number, None)
+    if not encoding.writes:
+        texts = ([document.text for _, document in batch] for batch in _batches(documents))
+        for _ in encoding.encoded(texts, encoder):
+            pass
+        return None
     writers = {split: ShardWriter(folder, split, shard_bytes) for split in ("train", "heldout")}
-    counts = {split: [0, 0] for split in writers}  # documents, bytes of text
-    listing_sha256 = hashlib.sha256()
-    done = number = 0
-    lossless = True
+    for split, saved in state.writers.items():
+        writers[split].restore(saved)
+    (folder / DOCUMENTS).touch()
+    unsaved = 0
     try:
-        with (folder / DOCUMENTS).open("wb") as listing:
-            for batch in _batches(_split(_kept(opened, found.entries), choice)):
-                encoded = encoder.encode_batch([document.text for _, document in batch])
-                for (split, document), ids in zip(batch, encoded, strict=True):
-                    if split == "heldout" or number == 0:
-                        lossless = lossless and encoder.decode_bytes(ids.tolist()) == document.data
+        with (folder / DOCUMENTS).open("r+b") as listing:
+            listing.truncate(state.listing_bytes)
+            listing_sha256 = hashlib.sha256(listing.read())
+            waiting: deque[list[tuple[str, Document]]] = deque()
+
+            def texts_of(batches: Iterator[list[tuple[str, Document]]]) -> Iterator[list[str]]:
+                for batch in batches:
+                    waiting.append(batch)
+                    yield [document.text for _, document in batch]
+
+            for encoded in encoding.encoded(texts_of(_batches(documents)), encoder):
+                for (split, document), ids in zip(waiting.popleft(), encoded, strict=True):
+                    if split == "heldout" or state.number == 0:
+                        state.lossless = state.lossless and encoder.decode_bytes(ids.tolist()) == document.data
                     tokens = np.append(ids, np.uint32(encoder.eod_id)).astype(dtype)
-                    key = f"{number:08d}"
+                    key = f"{state.number:08d}"
                     writers[split].add(key, tokens, document.data if split == "heldout" else None)
                     row = {
                         "key": key,
@@ -158,25 +184,33 @@ def write_dataset(
                     line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
                     listing.write(line)
                     listing_sha256.update(line)
-                    counts[split][0] += 1
-                    counts[split][1] += len(document.data)
-                    number += 1
-                    done += len(document.data)
-                report("encoding", done, found.n_bytes)
+                    state.listing_bytes += len(line)
+                    state.counts[split][0] += 1
+                    state.counts[split][1] += len(document.data)
+                    state.number += 1
+                    state.done += len(document.data)
+                    unsaved += len(document.data)
+                if unsaved >= _SAVE_BYTES:
+                    listing.flush()
+                    os.fsync(listing.fileno())
+                    state.writers = {split: writer.state() for split, writer in writers.items()}
+                    state.save(folder)
+                    unsaved = 0
+                report("encoding", state.done, found.n_bytes)
         shards = {split: writer.close() for split, writer in writers.items()}
     finally:
         for writer in writers.values():
             writer.abort()
     splits = {}
     for split, written in shards.items():
-        n_documents, n_bytes = counts[split]
+        n_documents, n_bytes = state.counts[split]
         splits[split] = SplitInfo(n_documents, sum(shard.n_tokens for shard in written), n_bytes, written)
     manifest = Manifest(
         tokenizer=encoder.spec,
         tokenizer_sha256=encoder.fingerprint,
         vocab_size=encoder.vocab_size,
         eod_id=encoder.eod_id,
-        lossless=lossless,
+        lossless=state.lossless,
         dtype=dtype.str,
         train=splits["train"],
         heldout=splits["heldout"],
@@ -187,6 +221,7 @@ def write_dataset(
         n_duplicates=found.n_duplicates,
         documents_sha256=listing_sha256.hexdigest(),
     )
+    (folder / PROGRESS).unlink(missing_ok=True)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

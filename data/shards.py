@@ -7,8 +7,9 @@ import os
 import tarfile
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -57,6 +58,36 @@ class ShardWriter:
         self._records.append((key_hash(key), offset, len(payload), len(tokens), crc32c(payload)))
         if self._position >= self._shard_bytes:
             self._finish()
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here, plain JSON values; everything so far is on the disk."""
+        if self._file is None:
+            return {"shards": [asdict(shard) for shard in self._shards], "open": None}
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        unfinished = {"name": self._open_name, "position": self._position, "records": self._records}
+        return {"shards": [asdict(shard) for shard in self._shards], "open": unfinished}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken; what was written after that is cut off.
+
+        Raises:
+            DataError: the unfinished shard is shorter than it was.
+        """
+        self._shards = [ShardInfo(**shard) for shard in state["shards"]]
+        unfinished = state["open"]
+        if unfinished is None:
+            return
+        self._open_name, self._position = unfinished["name"], unfinished["position"]
+        self._records = [tuple(record) for record in unfinished["records"]]
+        path = self._folder / self._open_name
+        if path.stat().st_size < self._position:
+            raise DataError(f"{path}: is shorter than it was when packing was interrupted; remove it and pack again")
+        self._file = path.open("r+b")
+        self._file.truncate(self._position)
+        self._sha256 = hashlib.sha256()
+        while chunk := self._file.read(1 << 20):
+            self._sha256.update(chunk)
 
     def close(self) -> tuple[ShardInfo, ...]:
         """Finishes the last shard and returns what was written."""

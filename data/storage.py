@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from data.errors import DataError
 
@@ -109,6 +109,20 @@ class Storage:
             return b""
         path = f"{self._root}/{name}"
         return self._tried(name, lambda: self._system.cat_file(path, start=offset, end=offset + n_bytes), n_bytes)
+
+    def open(self, name: str) -> IO[bytes]:
+        """A file object that reads on demand, with the storage library's own retries."""
+        return self._system.open(f"{self._root}/{name}", "rb")
+
+    def find(self) -> dict[str, dict[str, Any]]:
+        """What the storage says of every file below the address, by name; "" is the address itself."""
+
+        def once() -> dict[str, dict[str, Any]]:
+            found = self._system.find(self._root, detail=True)
+            root = self._root.strip("/")
+            return {name.strip("/").removeprefix(root).strip("/"): info for name, info in found.items()}
+
+        return retried(once, self.address, self.deadline_s)
 
     def _tried(
         self,

@@ -6,7 +6,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from data.errors import DamagedSampleError, DataError
 from data.ledger import format_hash, hash_sequences, ledger_line
 from data.plan import Plan
 from data.storage import is_remote
+
+if TYPE_CHECKING:
+    from data.mixture import MixedDataset, MixedPlan
 
 _AHEAD = 2  # steps assembled in the background beyond the one that is asked for
 
@@ -66,8 +69,8 @@ class Stream:
 
     def __init__(
         self,
-        dataset: Dataset,
-        plan: Plan,
+        dataset: Dataset | MixedDataset,
+        plan: Plan | MixedPlan,
         dp_rank: int,
         dp_size: int,
         global_batch_size: int | Batches,
@@ -79,7 +82,7 @@ class Stream:
         timeout_s: float = 600.0,
     ) -> None:
         if plan.fingerprint != dataset.fingerprint:
-            raise DataError(f"the plan is not of {dataset.path}; make it with Plan.of(dataset, config)")
+            raise DataError(f"the plan is not of {dataset.path}; make it with data.mixture.plan_of")
         self._dataset, self._plan, self._dp_rank, self._dp_size = dataset, plan, dp_rank, dp_size
         if isinstance(global_batch_size, int):
             global_batch_size = Batches.constant(global_batch_size)
@@ -91,6 +94,7 @@ class Stream:
         if problems:
             raise DataError("; ".join(problems))
         self._cache = DocumentCache(dataset.train, cache_mb)
+        self._remote = any(is_remote(one.path) for one in getattr(dataset, "datasets", (dataset,)))
         self._on_damage, self._damage_budget, self._timeout_s = on_damage, damage_budget, timeout_s
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="trimtab-data")
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
@@ -236,7 +240,7 @@ class Stream:
 
     def _assemble_step(self, step: int) -> list[MicroBatch]:
         ids = self.global_ids(step)[self._dp_rank :: self._dp_size]
-        if is_remote(self._dataset.path):
+        if self._remote:
             self._dataset.train.prefetch(set().union(*map(self._plan.shards_near, ids.tolist())))
         return [
             self._assemble(ids[start : start + self._micro_batch_size])

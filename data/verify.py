@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.index import map_records, read_header
 from data.manifest import DOCUMENTS, TOKENIZER, Manifest, ShardInfo, read_documents, read_manifest
 from data.shards import TEXT_SUFFIX, TOKENS_SUFFIX, ShardReader
+from data.storage import is_remote, local_path
 from data.tarwalk import BLOCK, Break, Member, parse_header, walk
 
 _CHUNK = 4 << 20
@@ -56,7 +57,11 @@ def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = 
     Raises:
         DataError: the folder is missing or empty; there is nothing to verify.
     """
-    folder = Path(path)
+    if is_remote(path):
+        raise DataError(
+            f"{path}: only folders are verified; remote shards are checked as they arrive, or copy them here"
+        )
+    folder = local_path(path)
     try:
         manifest = read_manifest(folder)
     except DataError as error:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.context import EXIT_FAILED, EXIT_OK
+from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
+from data.errors import DataError
 
 
 def add_data_commands(commands: Any) -> None:
@@ -22,10 +24,13 @@ def add_data_commands(commands: Any) -> None:
     )
     pack.add_argument("sources", nargs="+", metavar="SOURCE", help="a folder, a file, or the built-in corpus `python`")
     pack.add_argument("--out", required=True, type=Path, help="the dataset's folder")
-    pack.add_argument("--tokenizer", default="bpe:4096", help="bytes, bpe:N or a tokenizer.json (default: bpe:4096)")
+    pack.add_argument(
+        "--tokenizer", default="bpe:4096", help="bytes, bpe:N, deepseek or a tokenizer.json (default: bpe:4096)"
+    )
     pack.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB (default: 64)")
     pack.add_argument("--heldout", type=float, default=0.02, help="share of documents held out (default: 0.02)")
     pack.add_argument("--licence", help="licence of documents whose source does not say it (an SPDX name)")
+    pack.add_argument("--workers", type=int, default=1, help="processes that encode (default: 1)")
     pack.add_argument("--overwrite", action="store_true", help="replace a dataset packed from other inputs")
     pack.add_argument("--json", action="store_true")
     pack.set_defaults(run_command=_pack)
@@ -33,7 +38,7 @@ def add_data_commands(commands: Any) -> None:
     verify = actions.add_parser(
         "verify", help="read every byte back", epilog="example: trimtab data verify datasets/python"
     )
-    verify.add_argument("path", type=Path)
+    verify.add_argument("path")
     verify.add_argument("--json", action="store_true")
     verify.set_defaults(run_command=_verify)
 
@@ -59,10 +64,20 @@ def progress_line(phase: str, done: int, total: int) -> None:
 def _pack(options: argparse.Namespace) -> int:
     from data.pack import pack
 
-    packed = pack(
-        options.sources, options.out, tokenizer=options.tokenizer, shard_mb=options.shard_mb, heldout=options.heldout,
-        licence=options.licence, overwrite=options.overwrite, progress=progress_line,
-    )  # fmt: skip
+    encoding = _mpi_encoding()
+    try:
+        packed = pack(
+            options.sources, options.out, tokenizer=options.tokenizer, shard_mb=options.shard_mb,
+            heldout=options.heldout, licence=options.licence, overwrite=options.overwrite, workers=options.workers,
+            encoding=encoding, progress=progress_line if encoding is None or encoding.writes else None,
+        )  # fmt: skip
+    except BaseException as error:
+        if encoding is not None:
+            print(f"trimtab: {error}", file=sys.stderr, flush=True)
+            encoding.abort(EXIT_BAD_INPUT if isinstance(error, DataError) else EXIT_FAILED)
+        raise
+    if encoding is not None and not encoding.writes:
+        return EXIT_OK
     if sys.stderr.isatty():
         sys.stderr.write("\n")
     print(packed)
@@ -78,6 +93,15 @@ def _pack(options: argparse.Namespace) -> int:
             )
         )  # fmt: skip
     return EXIT_OK
+
+
+def _mpi_encoding() -> Any:
+    """The encoding of an MPI job, if mpirun started this process as one of several; else None."""
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1"))) < 2:
+        return None
+    from data.encoding import MpiEncoding, mpi_communicator
+
+    return MpiEncoding(mpi_communicator())
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset
 from data.foreign import ForeignStream
-from data.plan import Plan
+from data.mixture import MixedDataset, open_data, plan_of
 from data.stream import Stream
 from launch.config import Config
 
@@ -16,7 +16,7 @@ class Feed:
     """The stream of one rank, and the dataset behind it; plain tar files have none."""
 
     stream: Stream | ForeignStream
-    dataset: Dataset | None
+    dataset: Dataset | MixedDataset | None
 
     @property
     def fingerprint(self) -> str:
@@ -39,10 +39,10 @@ def open_feed(config: Config, dp_rank: int, dp_size: int) -> Feed:
     sizes = (dp_rank, dp_size, config.train.global_batch_size, config.train.micro_batch_size)
     if config.data.mode == "stream":
         return Feed(ForeignStream(config.data, *sizes), None)
-    dataset = open_dataset(config.data.path, config.data.remote())
+    dataset = open_data(config.data)
     stream = Stream(
         dataset,
-        Plan.of(dataset, config.data),
+        plan_of(dataset, config.data, config.train.global_batch_size),
         *sizes,
         cache_mb=config.data.cache_mb,
         on_damage=config.data.on_damage,

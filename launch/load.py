@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset
 from data.foreign import foreign_tokenizer
+from data.mixture import MixedDataset, open_data
 from data.tokenizer import Tokenizer
 from launch.config import Config, ConfigError, from_tables, read
 from launch.runfolder import RunFolder
@@ -24,7 +25,7 @@ class LoadedRun:
     config: Config
     saved: Saved
     model: Transformer
-    dataset: Dataset | None
+    dataset: Dataset | MixedDataset | None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -81,5 +82,5 @@ def load_run(folder: Path, device: torch.device | None = None) -> LoadedRun:
     model.eval()
     if device is not None:
         model.to(device)
-    dataset = open_dataset(config.data.path, config.data.remote()) if config.data.mode == "indexed" else None
+    dataset = open_data(config.data) if config.data.mode == "indexed" else None
     return LoadedRun(config, saved, model, dataset)

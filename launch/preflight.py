@@ -70,8 +70,8 @@ def check(
     world_size = world_size_for(config, launcher, mpi_size)
     if launcher == "mpi":
         config = replace(config, cluster=replace(config.cluster, workers=world_size))
-    if "://" not in config.data.path:
-        config = replace(config, data=replace(config.data, path=str(Path(config.data.path).absolute())))
+    mixture = tuple(_absolute(path) for path in config.data.mixture)
+    config = replace(config, data=replace(config.data, path=_absolute(config.data.path), mixture=mixture))
     if config.checkpoint.dir:
         config = replace(config, checkpoint=replace(config.checkpoint, dir=str(Path(config.checkpoint.dir).absolute())))
     problems += layout_problems(config, launcher, world_size)
@@ -79,7 +79,7 @@ def check(
         problems += local_capacity_problems(config)
     builtin, data = _check_data(config, problems, notes)
     if data is not None:
-        notes.append(f"data: reusing {data.path} ({data.n_tokens:,} tokens, {data.tokenizer})")
+        notes.append(_reusing(data))
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
     done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes)
     if problems:
@@ -113,20 +113,40 @@ def _check_data(config: Config, problems: list[str], notes: list[str]) -> tuple[
     if config.data.mode == "stream":
         notes += _check_foreign(config, problems)
         return "", None
+    if config.data.mixture:
+        for source in config.data.mixture:
+            found = _check_dataset(config, source, problems)
+            if found is not None:
+                notes.append(_reusing(found))
+        return "", None
     name = builtin_at(path)
     if name and not (Path(path) / "manifest.json").exists() and not (Path(path).exists() and any(Path(path).iterdir())):
         return name, None
+    return "", _check_dataset(config, path, problems)
+
+
+def _check_dataset(config: Config, path: str, problems: list[str]) -> Description | None:
+    """Appends what is wrong with one packed dataset; returns what it is, where it can be used."""
     try:
         data = describe(path, config.data.remote())
     except DataError as error:
         problems.append(str(error))
-        return "", None
+        return None
     if data.vocab_size > config.model.vocab_size:
         problems.append(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {data.vocab_size} tokens of {path} "
             f"({data.tokenizer}); use model.vocab_size={data.vocab_size} or more, or pack with a smaller tokenizer"
         )
-    return "", data
+    return data
+
+
+def _reusing(data: Description) -> str:
+    return f"data: reusing {data.path} ({data.n_tokens:,} tokens, {data.tokenizer})"
+
+
+def _absolute(path: str) -> str:
+    """A path from the root; addresses stay as they are."""
+    return path if "://" in path or not path else str(Path(path).absolute())
 
 
 def _check_foreign(config: Config, problems: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from launch.telemetry import dotted
 _FIXED_SECTIONS = ("model",)
 _FIXED_KEYS = (
     "data.seq_len", "data.seed", "data.packing", "data.lanes", "data.window_shards", "data.mode",
+    "data.weights", "data.curriculum",
     "train.global_batch_size", "train.seed",
 )  # fmt: skip
 

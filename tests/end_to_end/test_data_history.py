@@ -94,3 +94,20 @@ def test_damage_that_one_rank_meets_stops_all_ranks_and_quarantine_goes_on(trimt
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(metrics(tmp_path / "masked")) == 6
     assert any("damaged samples" in event.get("cause", "") for event in events(tmp_path / "masked"))
+
+
+@pytest.mark.slow
+def test_a_mixture_with_a_curriculum_trains_resumes_and_is_audited(trimtab, config, dataset, tmp_path: Path) -> None:
+    pack([str(ROOT / "kernels")], tmp_path / "other", tokenizer="bytes", heldout_kib=4)
+    command = [
+        "train", config, f'data.mixture=["{dataset}", "{tmp_path / "other"}"]',
+        "data.curriculum=[[0, 3, 1], [4, 1, 1]]", "--launcher", "debug", "--run", tmp_path / "run",
+    ]  # fmt: skip
+    for steps in (3, 6):
+        done = trimtab(*command, f"train.steps={steps}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    audited = trimtab("data", "audit", tmp_path / "run")
+    assert audited.returncode == 0 and "48 sequences, each exactly once" in audited.stdout, audited.stdout
+    assert f"0 of {tmp_path / 'other'}" in audited.stdout
+    again = trimtab(*command, "train.steps=9", "data.curriculum=[[0, 1, 1]]")
+    assert again.returncode == 2 and "data.curriculum" in again.stderr

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data import encode
 from data.builtin import BUILTIN_CORPORA
 from data.corpus import open_source
 from data.crc32c import crc32c
@@ -138,26 +139,70 @@ def test_a_folder_that_is_not_a_dataset_is_left_alone(tmp_path: Path) -> None:
     assert not pack([str(source)], tmp_path / "empty", tokenizer="bytes").reused
 
 
-def test_an_interrupted_packing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_packing_goes_on_and_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr("data.encode._BATCH_BYTES", 2000)
+    monkeypatch.setattr("data.encode._SAVE_BYTES", 3000)
     source = write_folder(tmp_path / "source")
+    options: dict = {"tokenizer": "bytes", "shard_mb": 0.008}
+    pack([str(source)], tmp_path / "whole", **options)
 
     def interrupt(phase: str, done: int, total: int) -> None:
-        if phase == "encoding":
+        if phase == "encoding" and done > interrupt.after * total:  # type: ignore[attr-defined]
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        pack([str(source)], tmp_path / "out", tokenizer="bytes", progress=interrupt)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+    for share in (0.3, 0.7):
+        interrupt.after = share  # type: ignore[attr-defined]
+        with pytest.raises(KeyboardInterrupt):
+            pack([str(source)], tmp_path / "out", progress=interrupt, **options)
+        assert not (tmp_path / "out").exists()
+        (left,) = [entry for entry in tmp_path.iterdir() if entry.name.startswith("out.tmp-")]
+        left.rename(left.with_name(left.name.rpartition("-")[0] + "-999999999"))  # whose process is dead
+    begun = []
+    pack(
+        [str(source)], tmp_path / "out", workers=workers, **options,
+        progress=lambda phase, done, total: begun.append(done / total) if phase == "encoding" else None,
+    )  # fmt: skip
+    assert begun[0] > 0.6, "it went on where it was"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "source", "whole"]
+    for path in (tmp_path / "whole").iterdir():
+        if path.name != "pack.json":
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
-    def change(folder: Path, *args: object) -> object:
-        (source / "file003.txt").write_text("changed in between")
-        return write_dataset(folder, *args)  # type: ignore[arg-type]
 
-    write_dataset = encode.write_dataset
-    monkeypatch.setattr("data.pack.write_dataset", change)
-    with pytest.raises(DataError, match="changed while it was packed"):
-        pack([str(source)], tmp_path / "out", tokenizer="bytes")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["source"]
+def test_ranks_of_an_mpi_job_pack_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    from cluster.mpi import mpirun_environment
+
+    root = Path(__file__).resolve().parents[2]
+    source = write_folder(tmp_path / "source", n_documents=40)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys; import data.encode; data.encode._BATCH_BYTES = 3000\n"
+        "from launch.cli import main; sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, str(script), "data", "pack", str(source), "--tokenizer", "bytes", "--shard-mb", "0.01"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", **mpirun_environment()}
+    mpirun = str(Path(sys.executable).parent / "mpirun")
+    if not Path(mpirun).exists():
+        mpirun = shutil.which("mpirun") or pytest.skip("no mpirun on this machine")
+    for name, start in (("one", []), ("many", [mpirun, "-n", "4"])):
+        done = subprocess.run(
+            [*start, *command, "--out", str(tmp_path / name)], env=environment, cwd=tmp_path, timeout=120,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("packed ") == 1
+    for path in (tmp_path / "one").iterdir():
+        if path.name != "pack.json":
+            assert (tmp_path / "many" / path.name).read_bytes() == path.read_bytes(), path.name
+    refused = subprocess.run(
+        [mpirun, "-n", "2", *command[:4], str(tmp_path / "none"), "--out", str(tmp_path / "x")], env=environment,
+        cwd=tmp_path, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "neither a built-in corpus" in refused.stderr
 
 
 def test_two_processes_pack_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,3 +459,41 @@ def test_opening_a_dataset_with_changed_files(tmp_path: Path) -> None:
     changed = json.dumps({**manifest, "vocab_size": 300}, indent=1, sort_keys=True).encode()
     broken("manifest.json", changed, "changed after packing")
     open_dataset(path).close()
+
+
+def test_sources_at_addresses_pack_like_local_ones(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    source = write_folder(tmp_path / "texts", n_documents=12)
+    for path in source.iterdir():
+        memory.pipe_file(f"/bucket/texts/{path.name}", path.read_bytes())
+    rows = [{"text": f"row {number}", "licence": "CC0-1.0"} for number in range(9)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    memory.pipe_file("/bucket/rows.jsonl", lines.encode())
+    options: dict = {"tokenizer": "bytes", "licence": "MIT"}
+    local = pack([str(source), str(tmp_path / "rows.jsonl")], tmp_path / "local", **options)
+    remote = pack(["memory://bucket/texts", "memory://bucket/rows.jsonl"], tmp_path / "remote", **options)
+    assert remote.manifest.fingerprint == local.manifest.fingerprint
+    assert pack(["memory://bucket/texts", "memory://bucket/rows.jsonl"], tmp_path / "remote", **options).reused
+    listed = list(read_documents(tmp_path / "remote"))
+    assert {row["licence"] for row in listed} == {"MIT", "CC0-1.0"} and {row["source"] for row in listed} == {
+        "texts",
+        "rows.jsonl",
+    }
+    with pytest.raises(DataError, match="no file is there"):
+        pack(["memory://bucket/none"], tmp_path / "x", **options)
+    with pytest.raises(DataError, match="not a plain address"):
+        pack(["pipe::memory://bucket/texts"], tmp_path / "x", **options)
+
+
+def test_parquet_at_an_address(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    fsspec = pytest.importorskip("fsspec")
+    import pyarrow.parquet
+
+    texts = [f"row {number}" for number in range(7)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    fsspec.filesystem("memory").pipe_file("/bucket/rows.parquet", (tmp_path / "rows.parquet").read_bytes())
+    local, remote = (open_source(spec) for spec in (str(tmp_path / "rows.parquet"), "memory://bucket/rows.parquet"))
+    assert [document.text for document in remote.read()] == texts == [document.text for document in local.read()]

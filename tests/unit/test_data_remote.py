@@ -204,7 +204,7 @@ def test_damage_in_the_storage_itself_is_named(folder: Path, tmp_path: Path) -> 
         ):
             dataset.train.read(0, 0)
         with (
-            open_dataset(served.address, Remote(str(tmp_path / "b"), 1.0, 1)) as dataset,
+            open_dataset(served.address, Remote(str(tmp_path / "b"), 1.0, 20)) as dataset,
             pytest.raises(StorageError, match="not the manifest's"),
         ):
             dataset.train.read(0, 0)

