@@ -17,7 +17,7 @@ def _add_loader(names: Any) -> None:
         "loader",
         help="tokens/s and resume time of the data stream beside other loaders",
         description="Reads the same synthetic documents with this project's stream and with others: webdataset, "
-        "MosaicML streaming where they are installed, memory-mapped tokens. Each gives batches of "
+        "MosaicML streaming and Energon where they are installed, memory-mapped tokens. Each gives batches of "
         "the same shape, int64 torch tensors of tokens and targets, in one process.",
         epilog="example: trimtab bench loader --megatokens 50 --seq-len 2048 --repeats 5 --out runs/bench-loader",
     )
