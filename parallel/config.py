@@ -79,24 +79,24 @@ class OptimizerConfig:
 
 
 Action = Literal["log", "raise_rate", "save", "stop"]
-DEFAULT_RATES = {"sign": 1e-3, "proportional": 1e-2, "quantile": 1.0, "aux_loss": 0.0, "none": 0.0}
+DEFAULT_RATES = {"sign": 1e-3, "proportional": 1e-2, "quantile": 1.0}
 
 
 @dataclass(frozen=True)
 class BalanceConfig:
     """How experts, and the ranks that hold them, are kept in balance.
 
-    rule: what moves the routing bias once per optimizer step (parallel/balance_rules.py has the papers): `sign` by `rate`
-        towards the mean load; `proportional` by `rate` times the relative shortfall; `quantile` by the fraction `rate`
-        of the way to the bias at which each expert's share would have been exact. `aux_loss` leaves the bias at zero and
-        adds a balance loss over the global batch; `none` does neither.
+    rule: what moves the routing bias once per optimizer step (parallel/balance_rules.py names the papers): `sign` by
+        `rate` towards the mean load; `proportional` by `rate` times the relative shortfall; `quantile` by the fraction
+        `rate` of the way to the bias at which each expert's share would have been exact. `aux_loss` leaves the bias at
+        zero and adds a balance loss over the global batch; `none` does neither.
     rate: see rule; None is the rule's own: 0.001, 0.01 and 1.
     rate_warmup_steps: optimizer steps over which the rate rises linearly to its full value.
     rate_schedule: how the rate then falls: `constant` does not; `step` drops to zero at `rate_zero_at` (DeepSeek-V3);
         `linear` and `cosine` fall from `rate_anneal_from` to zero at `rate_zero_at`; all counted in optimizer steps.
     recentre: subtract each layer's mean from its bias after every move; no choice depends on it.
     aux_loss_coef: weight of the `aux_loss` rule's loss, summed over layers.
-    seq_aux_loss_coef: weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4; 0 switches it off), under any rule.
+    seq_aux_loss_coef: weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4; 0 switches it off), any rule.
     check_every_steps: how often all ranks compare their biases; 0 is never.
     placement: `fixed` leaves expert e on rank e // (E / ep_size); `load` deals them out anew whenever a checkpoint is
         saved, if that would lower the busiest rank's measured load by `placement_min_gain` of the mean load.
@@ -131,13 +131,15 @@ class BalanceConfig:
 
     @property
     def full_rate(self) -> float:
-        """The rate before any schedule."""
+        """The rate before any schedule; 0 under rules that leave the bias alone."""
+        if not self.moves_bias:
+            return 0.0
         return DEFAULT_RATES[self.rule] if self.rate is None else self.rate
 
     @property
     def moves_bias(self) -> bool:
         """Whether the rule moves the bias at all."""
-        return self.rule in ("sign", "proportional", "quantile")
+        return self.rule in DEFAULT_RATES
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""
@@ -169,8 +171,9 @@ class BalanceConfig:
         start = self.rate_warmup_steps if self.rate_schedule == "step" else self.rate_anneal_from
         if self.rate_zero_at <= start or self.rate_zero_at <= self.rate_warmup_steps:
             return [
-                f"balance.rate_zero_at = {self.rate_zero_at} must come after rate_warmup_steps = {self.rate_warmup_steps}"
-                f" and rate_anneal_from = {self.rate_anneal_from} under rate_schedule {self.rate_schedule}"
+                f"balance.rate_zero_at = {self.rate_zero_at} must come after "
+                f"rate_warmup_steps = {self.rate_warmup_steps} and rate_anneal_from = {self.rate_anneal_from} "
+                f"under rate_schedule {self.rate_schedule}"
             ]
         if self.rate_schedule != "step" and self.rate_anneal_from < self.rate_warmup_steps:
             return [
