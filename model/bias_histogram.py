@@ -37,8 +37,8 @@ def bias_needed(biased: Tensor, config: ModelConfig) -> Tensor:
 
     Positive where the token does not choose the expert, negative where it does. The threshold of a token lies half-way
     between its last chosen and its first unchosen expert: any value between them minimises the dual problem's
-    coordinate (the source takes the lower end). An expert outside the token's groups also has to lift its group over the last kept
-    one, and an expert inside may fall with its group.
+    coordinate (the source takes the lower end). An expert outside the token's groups also has to lift its group over
+    the last kept one, and an expert inside may fall with its group.
 
     Args:
         biased: (T, E) fp32 scores with the current bias.

@@ -48,7 +48,7 @@ def quantile_rule(needs: Tensor, counts: Tensor, bias: Tensor, rate: float) -> T
 
     With a bias moved by d an expert is chosen by the tokens that need less than d; its share is exact where that is
     K T / E of them. This is the exact minimiser along one coordinate of the balanced assignment's dual problem; the
-    sign rule takes a step of fixed length along it. A few moves reach equilibrium since thresholds move with the biases.
+    sign rule takes a step of fixed length along it. A few moves reach equilibrium, as thresholds move with the biases.
 
     Args:
         needs: (..., E, BINS) int64, how many tokens need how large a move (model/bias_histogram.py), global batch.
