@@ -71,7 +71,9 @@ MISTAKES = {
         ((BALANCE, f"self.communicator.all_reduce(counts), {REDUCED}", f"counts, {REDUCED}"),),
         "BiasMismatchError: ranks [0] and [1] hold different",
     ),
-    "each rank by its own histogram": Mistake(((BALANCE, REDUCED, "needs"),), "knows step 0 otherwise"),
+    "each rank by its own histogram": Mistake(
+        ((BALANCE, REDUCED, "needs"),), "BiasMismatchError: ranks [0] and [1] hold different"
+    ),
     "the bias in the weights": Mistake(
         (
             (
