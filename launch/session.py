@@ -95,7 +95,7 @@ class Session:
         if not last:
             self.placement.move(table, path, step)
         if self.ranks.dp.rank == 0:
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, step)
 
     def judge_balance(self, step: int, counts: Tensor) -> list[Alarm]:
         """Judges a kept step's loads (M, E), writes its alarms, and raises the rate where one asks for it.
