@@ -10,6 +10,8 @@ def add_bench_commands(commands: Any) -> None:
     bench = commands.add_parser("bench", help="Measure, beside others in the same call.")
     names = bench.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     _add_loader(names)
+    _add_dispatch(names)
+    _add_kernels(names)
 
 
 def _add_loader(names: Any) -> None:
@@ -41,5 +43,68 @@ def _add_loader(names: Any) -> None:
 
 def _run_loader(options: argparse.Namespace) -> int:
     from launch.bench_loader import run
+
+    return run(options)
+
+
+def _add_dispatch(names: Any) -> None:
+    dispatch = names.add_parser(
+        "dispatch",
+        help="time and bytes of sending tokens to experts and back, beside plain all-to-alls",
+        description="Starts ranks on this machine (Gloo, one thread each) and sends the same tokens every way that "
+        "parallel.dispatch knows, with torch's all_to_all_single and mpi4py's Alltoallv beside them; then a whole "
+        "layer with its transfers hidden behind work and not. With --nodes the link between nodes is modelled.",
+        epilog="example: trimtab bench dispatch --ranks 4 --nodes 2 --gigabits 1 --out runs/bench-dispatch",
+    )
+    dispatch.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    dispatch.add_argument("--nodes", type=int, default=1, help="modelled nodes that the ranks are on (default: 1)")
+    dispatch.add_argument("--gigabits", type=float, default=1.0, help="a rank's link between nodes (default: 1)")
+    dispatch.add_argument("--latency-us", type=float, default=50.0, help="of that link, microseconds (default: 50)")
+    dispatch.add_argument("--tokens", type=int, default=2048, help="of each rank (default: 2048)")
+    dispatch.add_argument("--hidden", type=int, default=256, help="numbers of a token (default: 256)")
+    dispatch.add_argument("--width", type=int, default=128, help="of an expert (default: 128)")
+    dispatch.add_argument("--experts", type=int, default=16, help="in all (default: 16)")
+    dispatch.add_argument("--top-k", type=int, default=4, help="experts of a token (default: 4)")
+    dispatch.add_argument("--repeats", type=int, default=9, help="timed runs of each way (default: 9)")
+    dispatch.add_argument("--out", type=Path, default=Path("runs/bench-dispatch"), help="folder for CSV, JSON and plot")
+    dispatch.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    dispatch.set_defaults(run_command=_run_dispatch)
+
+
+def _run_dispatch(options: argparse.Namespace) -> int:
+    from launch.bench_dispatch import run
+
+    return run(options)
+
+
+def _add_kernels(names: Any) -> None:
+    kernels = names.add_parser(
+        "kernels",
+        help="each kernel beside its reference, torch's own and Liger's",
+        description="Times every operation of kernels/ forward and backward, with peak memory, TFLOP/s and GB/s from "
+        "shapes, natural and forced-even routing side by side. Needs torch, triton and numpy. On a GPU the default "
+        "shapes are of a model of 30 billion parameters, on a CPU small ones.",
+        epilog="example: trimtab bench kernels --only experts_mlp,permute --tokens 32768 --out runs/bench-kernels",
+    )
+    kernels.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    kernels.add_argument("--only", help="operations, with commas between (default: all)")
+    kernels.add_argument("--repeats", type=int, default=7, help="timed runs of each (default: 7)")
+    kernels.add_argument("--threads", type=int, default=1, help="threads on a CPU (default: 1)")
+    kernels.add_argument("--tokens", type=int, help="T (default: 32768 on a GPU, 1024 on a CPU)")
+    kernels.add_argument("--hidden", type=int, help="H (default: 2048, 256)")
+    kernels.add_argument("--width", type=int, help="I, of an expert (default: 768, 128)")
+    kernels.add_argument("--experts", type=int, help="E (default: 128, 16)")
+    kernels.add_argument("--top-k", type=int, help="K (default: 8, 4)")
+    kernels.add_argument("--vocab", type=int, help="V of the cross-entropy (default: 129280)")
+    kernels.add_argument("--vocab-tokens", type=int, help="T of the cross-entropy (default: 8192, 512)")
+    kernels.add_argument("--vocab-hidden", type=int, help="H of the cross-entropy (default: 2048, 256)")
+    kernels.add_argument("--cache", type=Path, help="folder of tile sizes measured (default: ~/.cache/trimtab/kernels)")
+    kernels.add_argument("--out", type=Path, default=Path("runs/bench-kernels"), help="folder for CSV, JSON and plot")
+    kernels.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    kernels.set_defaults(run_command=_run_kernels)
+
+
+def _run_kernels(options: argparse.Namespace) -> int:
+    from launch.bench_kernels import run
 
     return run(options)

@@ -28,8 +28,9 @@ LOADS_EVERY_STEP_LIMIT = 2048
 GROUP_OF_KEY = {  # the headings under which TensorBoard shows the figures
     "loss": "train", "mtp_loss": "train", "sequence_balance": "train", "grad_norm": "train", "lr": "train",
     "step_seconds": "speed", "tokens_per_second": "speed", "mfu": "speed", "data_wait_seconds": "speed",
-    "all_to_all_seconds": "speed", "memory_gib": "memory", "max_vio": "balance", "max_vio_rank": "balance",
-    "max_vio_floor": "balance", "dead_experts": "balance", "bias_abs_max": "balance",
+    "all_to_all_seconds": "speed", "exposed_all_to_all_seconds": "speed", "memory_gib": "memory",
+    "max_vio": "balance", "max_vio_rank": "balance", "max_vio_floor": "balance",
+    "dead_experts": "balance", "bias_abs_max": "balance",
     "changed_by_bias_share": "balance", "tokens": "progress", "epoch": "progress", "world_size": "progress",
 }  # fmt: skip
 
@@ -44,6 +45,8 @@ class StepRecord:
     sequence_balance: the sequence-wise balance loss before its coefficient; None without MoE layers.
     grad_norm: the true global norm before clipping.
     mfu: fraction of the hardware's peak, None where the peak is not known.
+    all_to_all_seconds: from each transfer's start until it was taken, added up; exposed_all_to_all_seconds: of these
+        the time that nothing else was done, None where not measured.
     memory_gib: the largest so far, of whatever the accelerator (or this process on a CPU) holds.
     tokens_per_expert: (n_layers, E) int64, routed choices of the global batch; (0, 0) for a dense model.
     expert_bias: (n_layers, E) fp32, the bias that the step's balancer left behind; None for rules without one.
@@ -69,6 +72,7 @@ class StepRecord:
     mfu: float | None = None
     mtp_loss: float | None = None
     sequence_balance: float | None = None
+    exposed_all_to_all_seconds: float | None = None
     epoch: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -102,6 +106,9 @@ def derive(record: StepRecord, with_loads: bool = True) -> dict[str, Any]:
         "memory_gib": _rounded(record.memory_gib),
         "data_wait_seconds": _rounded(record.data_wait_seconds),
         "all_to_all_seconds": _rounded(record.all_to_all_seconds),
+        "exposed_all_to_all_seconds": (
+            None if record.exposed_all_to_all_seconds is None else _rounded(record.exposed_all_to_all_seconds)
+        ),
         "world_size": int(record.world_size),
         "ep_size": int(record.ep_size),
         "max_vio": None if dense else _rounded(balance_stats.max_vio(counts)),

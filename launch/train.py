@@ -41,6 +41,7 @@ def train(session: Session, first_step: int) -> dict:
     weights = Weights(config.train.mtp_loss_weight, config.balance.seq_aux_loss_coef)
     meter = Meter(session)
     for step in range(first_step, config.train.steps):
+        ranks.watch.step = step + 1
         stats = StepStats()
         batches, trouble = read_step(session, step)
         agreed = agree_on_step(session, step, batches, trouble)
@@ -165,6 +166,7 @@ class Meter:
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         world_size = session.ranks.layout.world_size
+        traffic = session.ranks.ep.traffic.reset()
         depths = len(targets) - 1
         mtp = sum(sums[k] / max(1, targets[k]) for k in range(1, depths + 1)) / depths if depths else None
         positions = session.config.train.global_batch_size * session.config.data.seq_len
@@ -181,7 +183,8 @@ class Meter:
             mfu=self.flops_per_token * positions / seconds / (self.peak * world_size),
             memory_gib=memory_gib(session.device),
             data_wait_seconds=session.stream.wait_seconds,
-            all_to_all_seconds=session.ranks.ep.traffic.reset().seconds,
+            all_to_all_seconds=traffic.seconds,
+            exposed_all_to_all_seconds=traffic.exposed_seconds,
             world_size=world_size,
             ep_size=session.ranks.layout.ep_size,
             tokens_per_expert=counts,

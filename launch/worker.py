@@ -38,7 +38,9 @@ def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
     if plain and config.parallel.virtual_ranks > 1:
 
         def work(world: Any, rank: int) -> dict[str, Any]:
-            return _train(config, payload, virtual_ranks(world, config.parallel.ep_size, rank), device, context, plain)
+            parallel = config.parallel
+            ranks = virtual_ranks(world, parallel.ep_size, rank, parallel.ranks_per_node)
+            return _train(config, payload, ranks, device, context, plain)
 
         return run_virtual_ranks(config.parallel.virtual_ranks, work)[0]
     if plain:
@@ -46,7 +48,12 @@ def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout_s = config.parallel.timeout_s
     join_process_group(context.init_method, context.rank, context.world_size, backend, timeout_s, context.interface)
-    return _train(config, payload, process_ranks(config.parallel.ep_size, timeout_s), device, context, plain)
+    parallel = config.parallel
+    per_node = 0
+    if parallel.dispatch == "two_hop":
+        per_node = parallel.ranks_per_node or context.local_world_size
+    ranks = process_ranks(parallel.ep_size, timeout_s, per_node)
+    return _train(config, payload, ranks, device, context, plain)
 
 
 def _train(
@@ -72,5 +79,8 @@ def _train(
         result = train(session, first_step)
         session.telemetry.event("stop", cause=result["status"], step=result["step"])
         return result
+    except RuntimeError as error:  # a rank may be gone that this one did not wait for
+        ranks.watch.explain(error)
+        raise
     finally:
         session.close()

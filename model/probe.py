@@ -41,13 +41,16 @@ class NonFiniteError(FloatingPointError):
 class ProbeHandle:
     """Takes the probes off again."""
 
-    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle], inspected: list[Experts]) -> None:
         self._hooks = hooks
+        self._inspected = inspected
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for experts in self._inspected:
+            experts.inspect = None
 
 
 def attach(model: Transformer) -> ProbeHandle:
@@ -60,15 +63,17 @@ def attach(model: Transformer) -> ProbeHandle:
         NonFiniteError
     """
     kinds = (Attention, Block, Embedding, Head, MLP, MoE, MultiTokenPrediction, Router)
-    hooks = []
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    inspected: list[Experts] = []
     for name, module in model.named_modules():
         layer, part = _split(name)
         if isinstance(module, Experts):
             n_local = module.gate_up_proj.shape[0]
-            hooks.append(module.register_forward_hook(_experts_hook(layer, part, model.exchange.ep_rank * n_local)))
+            module.inspect = _experts_check(layer, part, model.exchange.ep_rank * n_local)
+            inspected.append(module)
         elif isinstance(module, kinds):
             hooks.append(module.register_forward_hook(_hook(layer, part)))
-    return ProbeHandle(hooks)
+    return ProbeHandle(hooks, inspected)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -90,13 +95,11 @@ def _hook(layer: str, part: str) -> Callable[[nn.Module, Any, Any], None]:
     return check
 
 
-def _experts_hook(layer: str, part: str, first: int) -> Callable[[nn.Module, Any, Any], None]:
-    def check(module: nn.Module, args: Any, output: Tensor) -> None:
-        rows_per_expert: tuple[int, ...] = args[1]
-        _check(args[0], layer, f"{part} input", rows_per_expert, first)
-        _check(output, layer, f"{part} output", rows_per_expert, first)
-        if output.requires_grad:
-            output.register_hook(lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, first))
+def _experts_check(layer: str, part: str, first: int) -> Callable[[str, Tensor, tuple[int, ...]], None]:
+    def check(what: str, rows: Tensor, rows_per_expert: tuple[int, ...]) -> None:
+        _check(rows, layer, f"{part} {what}", rows_per_expert, first)
+        if what == "output" and rows.requires_grad:
+            rows.register_hook(lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, first))
 
     return check
 
