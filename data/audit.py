@@ -16,6 +16,7 @@ from data.errors import DataError
 from data.ledger import format_hash, hash_sequences
 from data.mixture import MixedPlan, open_data, plan_of
 from data.plan import Plan
+from data.weighted import resolved
 
 _SHOWN = 20
 
@@ -66,7 +67,7 @@ def audit_run(run: str | Path, data_path: str | Path | None = None) -> AuditRepo
 
     Args:
         run: the run's folder.
-        data_path: the dataset's folder, if it has moved.
+        data_path: the dataset's folder, if it has moved; of data.mixture, a folder of weighted sources.
 
     Raises:
         DataError: the folder is not a run, its dataset cannot be opened, or its data mode keeps no ledger.
@@ -83,7 +84,8 @@ def audit_run(run: str | Path, data_path: str | Path | None = None) -> AuditRepo
     if config.mode != "indexed":
         raise DataError(f'{run}: ran with data.mode = "{config.mode}", which has no plan to audit against')
     if data_path:
-        config = replace(config, path=str(data_path))
+        moved = resolved(replace(config, path=str(data_path), mixture=()))
+        config = moved if moved.mixture or not config.mixture else config
     with open_data(config) as dataset:
         return audit(text.splitlines(), plan_of(dataset, config, batch))
 

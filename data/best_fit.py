@@ -9,6 +9,7 @@ Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -29,24 +30,28 @@ class _Epoch(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """A window's pieces and bins; which pieces are in a bin is looked up when it is read.
+    """A window's pieces and bins; a piece's document, and which pieces are in a bin, are looked up when it is read.
 
     Attributes:
         rows: finds a document's shard and row.
-        pieces: (n, 3) int64 of (document number, start, stop), by rising size.
-        first_of_size: the number of the first piece of each size.
+        tokens: (n_documents,) lengths.
+        ends: (n_documents,) the number of pieces up to each document's last.
+        by_size: (n_pieces,) numbers of pieces, by rising size.
+        first_of_size: the place in `by_size` of the first piece of each size.
         group_starts: (n_groups,) int64 the first bin of each group.
         contents: of each group.
     """
 
     rows: WindowRows
-    pieces: np.ndarray
+    tokens: np.ndarray
+    ends: np.ndarray
+    by_size: np.ndarray
     first_of_size: list[int]
     group_starts: np.ndarray
     contents: list[_Content]
 
     def members(self, bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The pieces (m, 3) of bins (n,), one bin behind the other, and the place (m,) among the bins of each."""
+        """The pieces' numbers (m,) of bins (n,), one bin behind the other, and each one's place among the bins (m,)."""
         found: list[int] = []
         counts = []
         groups = np.searchsorted(self.group_starts, bins, "right") - 1
@@ -57,7 +62,14 @@ class _Window(NamedTuple):
                 start = self.first_of_size[size] + first + number * each
                 found += range(start, start + each)
             counts.append(len(found) - before)
-        return self.pieces[found], np.repeat(np.arange(len(bins)), counts)
+        return self.by_size[found].astype(np.int64), np.repeat(np.arange(len(bins)), counts)
+
+    def cut(self, pieces: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document number, start and stop, (m,) int64 each, of pieces (m,): full ones first, a document's rest last."""
+        documents = np.searchsorted(self.ends, pieces.astype(self.ends.dtype), "right")
+        tokens = self.tokens[documents].astype(np.int64)
+        place = pieces - (self.ends[documents] - -(-tokens // seq_len))
+        return documents, place * seq_len, np.minimum((place + 1) * seq_len, tokens)
 
 
 class BestFitOrder:
@@ -94,15 +106,19 @@ class BestFitOrder:
             window = self._windows.get(number)
             chosen = self._bin_orders.get(epoch, number)[position - start : position - start + taken]
             pieces, sequence = window.members(chosen)
-            tables.append(PieceTable(done + sequence, *window.rows.locate(pieces[:, 0]), pieces[:, 1], pieces[:, 2]))
+            documents, begins, stops = window.cut(pieces, self._seq_len)
+            tables.append(PieceTable(done + sequence, *window.rows.locate(documents), begins, stops))
             done += taken
         return join_tables(tables)
 
     def _count(self, shards: tuple[int, ...]) -> int:
-        tokens = window_lengths(self._lengths, shards)
-        rests = tokens % self._seq_len
-        full = int((tokens // self._seq_len).sum())
-        return full + count_bins(np.bincount(rests, minlength=self._seq_len), self._seq_len)
+        full, histogram = 0, np.zeros(self._seq_len, np.int64)
+        for shard in shards:  # one by one: arrays that stay in a core's own cache
+            tokens = self._lengths.document_tokens(shard)
+            per_document = tokens // self._seq_len
+            full += int(per_document.sum())
+            histogram += np.bincount(tokens - per_document * self._seq_len, minlength=self._seq_len)
+        return full + count_bins(histogram, self._seq_len)
 
     def _compute_epoch(self, epoch: int) -> _Epoch:
         order = permutation(len(self._n_bins), derive_key(*self._key_parts, "windows", epoch))
@@ -113,21 +129,38 @@ class BestFitOrder:
 
     def _compute_window(self, number: int) -> _Window:
         shards = self._grouping.windows[number]
-        tokens = window_lengths(self._lengths, shards)
-        pieces = _cut(tokens, self._seq_len)
-        sizes = pieces[:, 2] - pieces[:, 1]
+        tokens = _narrowed(window_lengths(self._lengths, shards), self._seq_len)
+        full = tokens // self._seq_len
+        n_full = int(full.sum())
+        rests = tokens - full * self._seq_len
+        with_rest = rests > 0
+        full += with_rest
+        ends = np.cumsum(full, dtype=np.int64)
+        n_pieces = int(ends[-1])
+        sizes = np.full(n_pieces, self._seq_len, np.min_scalar_type(self._seq_len))
+        sizes[ends[with_rest] - 1] = rests[with_rest]
         # equal lengths are told apart by a shuffle, so that neighbours in a shard do not share a bin by habit
-        shuffled = permutation(len(pieces), derive_key(*self._key_parts, "pieces", number))
-        narrow = np.uint16 if self._seq_len < 1 << 16 else np.int64  # 16 bits are sorted by radix, ten times faster
-        by_size = shuffled[np.argsort(sizes[shuffled].astype(narrow), kind="stable")]
-        counts = np.bincount(sizes, minlength=self._seq_len + 1)
-        rests = np.bincount(tokens % self._seq_len, minlength=self._seq_len)
-        bins, contents = pack_lengths(rests, self._seq_len)
-        n_bins = np.array([counts[self._seq_len], *bins], np.int64)
+        by_size = permutation(n_pieces, derive_key(*self._key_parts, "pieces", number), sizes, self._seq_len + 1)
+        counts = np.bincount(rests, minlength=self._seq_len)  # by size, with those that have no rest at 0
+        bins, contents = pack_lengths(counts, self._seq_len)
+        counts[0] = 0
+        n_bins = np.array([n_full, *bins], np.int64)
         contents.insert(0, [(self._seq_len, 0, 1)])
-        rows = WindowRows(self._lengths, shards)
-        first_of_size = (np.cumsum(counts) - counts).tolist()
-        return _Window(rows, pieces[by_size], first_of_size, np.cumsum(n_bins) - n_bins, contents)
+        first_of_size = [*(np.cumsum(counts) - counts).tolist(), n_pieces - n_full]
+        return _Window(
+            WindowRows(self._lengths, shards),
+            tokens=tokens,
+            ends=_narrowed(ends),
+            by_size=_narrowed(by_size),
+            first_of_size=first_of_size,
+            group_starts=np.cumsum(n_bins) - n_bins,
+            contents=contents,
+        )
+
+
+def _narrowed(numbers: np.ndarray, other: int = 0) -> np.ndarray:
+    """Numbers (n,) in the narrowest unsigned type that holds them and another: windows are kept, so they are small."""
+    return numbers.astype(np.min_scalar_type(max(other, int(numbers.max()))))
 
 
 def pack_lengths(histogram: np.ndarray, capacity: int) -> tuple[list[int], list[_Content]]:
@@ -143,45 +176,43 @@ def pack_lengths(histogram: np.ndarray, capacity: int) -> tuple[list[int], list[
     n_bins: list[int] = []  # by group
     contents: list[_Content] = []
     with_room: list[list[int]] = [[] for _ in range(capacity)]  # groups by room left; full ones are in none
-    rooms = 0  # bit r is set where a group has room r: the fullest bin that takes a piece is found at once
-    counts = histogram.tolist()
-    for size in range(capacity - 1, 0, -1):
-        left = counts[size]
-        while left:
-            fitting = rooms >> size
-            if not fitting:
-                each = min(capacity // size, left)
-                index, room = len(n_bins), capacity
-                n_bins.append(left // each)
-                contents.append([])
+    for size, first, each, room, many in _choices(histogram, capacity):
+        left = room - size * each
+        if room == capacity:
+            if left:
+                with_room[left].append(len(n_bins))
+            n_bins.append(many)
+            contents.append([(size, first, each)])
+            continue
+        while many:
+            index = with_room[room][-1]
+            taken = min(many, n_bins[index])
+            if taken < n_bins[index]:  # the group's last bins become a group of their own
+                n_bins[index] -= taken
+                kept = n_bins[index]
+                contents.append([(other, start + kept * held, held) for other, start, held in contents[index]])
+                index = len(n_bins)
+                n_bins.append(taken)
             else:
-                room = size + (fitting & -fitting).bit_length() - 1
-                index = with_room[room][-1]
-                each = min(room // size, left)
-                taken = left // each
-                if taken < n_bins[index]:  # the group's last bins become a group of their own
-                    n_bins[index] -= taken
-                    kept = n_bins[index]
-                    contents.append([(other, first + kept * many, many) for other, first, many in contents[index]])
-                    index = len(n_bins)
-                    n_bins.append(taken)
-                else:
-                    with_room[room].pop()
-                    if not with_room[room]:
-                        rooms ^= 1 << room
-            contents[index].append((size, counts[size] - left, each))
-            left -= n_bins[index] * each
-            room -= size * each
-            if room:
-                with_room[room].append(index)
-                rooms |= 1 << room
+                with_room[room].pop()
+            contents[index].append((size, first, each))
+            if left:
+                with_room[left].append(index)
+            first += taken * each
+            many -= taken
     return n_bins, contents
 
 
 def count_bins(histogram: np.ndarray, capacity: int) -> int:
     """How many bins `pack_lengths` fills, several times faster: bins of equal room need not be told apart."""
-    with_room = [0] * capacity
-    rooms = total = 0
+    return sum(many for *_, room, many in _choices(histogram, capacity) if room == capacity)
+
+
+def _choices(histogram: np.ndarray, capacity: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """The steps of best-fit decreasing: (size, first, each, room, many) puts the pieces of this size that are numbered
+    `first` and on into `many` bins of this room, `each` to a bin; new bins are those of room `capacity`."""
+    with_room = [0] * capacity  # bins by room left
+    rooms = 0  # bit r is set where a bin has room r: the fullest bin that takes a piece is found at once
     counts = histogram.tolist()
     for size in range(capacity - 1, 0, -1):
         left = counts[size]
@@ -189,27 +220,17 @@ def count_bins(histogram: np.ndarray, capacity: int) -> int:
             fitting = rooms >> size
             if not fitting:
                 room, each = capacity, min(capacity // size, left)
-                n_bins = left // each
-                total += n_bins
+                many = left // each
             else:
                 room = size + (fitting & -fitting).bit_length() - 1
                 each = min(room // size, left)
-                n_bins = min(with_room[room], left // each)
-                with_room[room] -= n_bins
+                many = min(with_room[room], left // each)
+                with_room[room] -= many
                 if not with_room[room]:
                     rooms ^= 1 << room
-            left -= n_bins * each
+            yield size, counts[size] - left, each, room, many
+            left -= many * each
             room -= size * each
             if room:
-                with_room[room] += n_bins
+                with_room[room] += many
                 rooms |= 1 << room
-    return total
-
-
-def _cut(tokens: np.ndarray, seq_len: int) -> np.ndarray:
-    """Cuts documents (n,) into full pieces and rests: (pieces, 3) int64 of (document number, start, stop)."""
-    per_document = -(-tokens // seq_len)
-    documents = np.repeat(np.arange(len(tokens)), per_document)
-    firsts = np.cumsum(per_document) - per_document
-    starts = (np.arange(len(documents)) - firsts[documents]) * seq_len
-    return np.stack((documents, starts, np.minimum(starts + seq_len, tokens[documents])), axis=1)

@@ -90,7 +90,7 @@ def _update(data: np.ndarray, state: int) -> int:
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[[int, bytes], int] | None:
+def _compiled() -> Callable[[int, bytes | np.ndarray], int] | None:
     """`extend(crc, data)` of google-crc32c, if its compiled part is there (its fallback is slower than ours)."""
     try:
         import google_crc32c
@@ -107,17 +107,16 @@ def crc32c(data: bytes | bytearray | memoryview | np.ndarray, crc: int = 0) -> i
         crc: the CRC of what came before, to go on from; 0 at the start.
     """
     extend = _compiled()
-    if extend is not None:
-        return extend(crc, data.tobytes() if isinstance(data, np.ndarray | memoryview) else bytes(data))
-    return in_numpy(data, crc)
+    if extend is None:
+        return in_numpy(data, crc)
+    if isinstance(data, bytes):
+        return extend(crc, data)
+    return extend(crc, _flat(data))  # it takes no other buffers than bytes and arrays
 
 
 def in_numpy(data: bytes | bytearray | memoryview | np.ndarray, crc: int = 0) -> int:
     """The same, always in numpy."""
-    if isinstance(data, np.ndarray):
-        flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-    else:
-        flat = np.frombuffer(data, np.uint8)
+    flat = _flat(data)
     state = crc ^ 0xFFFFFFFF
     whole = len(flat) if len(flat) >= 4 else 0
     for start in range(0, whole, _CHUNK):
@@ -129,3 +128,12 @@ def in_numpy(data: bytes | bytearray | memoryview | np.ndarray, crc: int = 0) ->
     for byte in flat[whole:].tolist():
         state = (state >> 8) ^ int(_byte_table()[(state ^ byte) & 0xFF])
     return state ^ 0xFFFFFFFF
+
+
+def _flat(data: bytes | bytearray | memoryview | np.ndarray) -> np.ndarray:
+    """The bytes as an array (n,) uint8, without a copy where they lie one behind the other."""
+    return (
+        np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        if isinstance(data, np.ndarray)
+        else np.frombuffer(data, np.uint8)
+    )

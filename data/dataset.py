@@ -11,7 +11,7 @@ import numpy as np
 
 from data.crc32c import crc32c
 from data.errors import DamagedSampleError, DataError
-from data.index import IndexHeader, map_records, read_header
+from data.index import RECORD, RECORD_LAYOUT, IndexHeader, map_records, read_header
 from data.manifest import DOCUMENTS, TOKENIZER, Manifest, ShardInfo, SplitInfo, read_documents, read_manifest
 from data.mirror import Mirror, Remote
 from data.node_cache import CachedReader, RangeReader
@@ -89,7 +89,7 @@ def open_dataset(path: str | Path, remote: Remote | None = None) -> Dataset:
 class Split:
     """One split's shards: lengths of their documents, and documents read back with their checksum verified.
 
-    The indexes are memory-mapped, and their records checked, shard by shard at first use. Thread-safe.
+    The indexes are memory-mapped, and their records checked, shard by shard when they are needed. Thread-safe.
     """
 
     def __init__(self, folder: Path, info: SplitInfo, manifest: Manifest, mirror: Mirror | None = None) -> None:
@@ -117,6 +117,8 @@ class Split:
                 records = map_records(self.folder / info.index, self._headers[shard])
                 if int(records["n_tokens"].sum()) != info.n_tokens:
                     raise DataError(f"{self.folder / info.index}: does not sum to {info.n_tokens} tokens; {_STALE}")
+                while len(self._records) >= _MAPPED_INDEXES:
+                    self._records.pop(next(iter(self._records)))
                 self._records[shard] = records
             return self._records[shard]
 
@@ -124,17 +126,23 @@ class Split:
         """Tokens of each document of a shard, (n,) int64, each with its end token."""
         return self.records(shard)["n_tokens"].astype(np.int64)
 
-    def read(self, shard: int, row: int, *, in_vocabulary: bool = True) -> np.ndarray:
+    def read(self, shard: int, row: int) -> np.ndarray:
         """All tokens of a document, (n,) of the stored dtype, read-only, its checksum verified.
-
-        Args:
-            shard, row: which document.
-            in_vocabulary: check every token against the vocabulary too; who does not, calls `check_vocabulary`.
 
         Raises:
             DamagedSampleError: the bytes are not those that were packed, or a token is outside the vocabulary.
         """
-        _, offset, nbytes, _, checksum = self.records(shard)[row].item()
+        tokens = np.frombuffer(self.read_bytes(shard, row), self.dtype)
+        self.check_vocabulary(shard, row, tokens)
+        return tokens
+
+    def read_bytes(self, shard: int, row: int) -> bytes:
+        """The bytes of a document's tokens, their checksum verified; not compared with the vocabulary.
+
+        Raises:
+            DamagedSampleError: the bytes are not those that were packed.
+        """
+        _, offset, nbytes, _, checksum = RECORD_LAYOUT.unpack_from(self.records(shard).data, row * RECORD.itemsize)
         raw = self._reader.read(shard, offset, nbytes)
         if self._reader.remote:
             for _ in range(_ARRIVALS):  # damaged on its way or in the storage: only a repeat can tell
@@ -145,13 +153,10 @@ class Split:
             short = len(raw) != nbytes
             problem = f"the shard ends inside it ({len(raw)} of {nbytes} bytes)" if short else "its checksum is wrong"
             self._damaged(shard, self.records(shard)[row], problem)
-        tokens = np.frombuffer(raw, self.dtype)
-        if in_vocabulary:
-            self.check_vocabulary(shard, row, tokens)
-        return tokens
+        return raw
 
-    def read_range(self, shard: int, row: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document without any check, for documents that `read` has verified before.
+    def read_range(self, shard: int, row: int, start: int, stop: int) -> bytes:
+        """The bytes of tokens [start, stop) of a document without any check, for documents that were verified before.
 
         Raises:
             DamagedSampleError: the shard has become shorter.
@@ -161,7 +166,7 @@ class Split:
         raw = self._reader.read(shard, int(record["offset"]) + start * itemsize, (stop - start) * itemsize)
         if len(raw) != (stop - start) * itemsize:
             self._damaged(shard, record, "the shard ends inside it")
-        return np.frombuffer(raw, self.dtype)
+        return raw
 
     def read_text(self, shard: int, row: int) -> bytes:
         """The raw text that a held-out sample stores behind its tokens.
@@ -297,5 +302,6 @@ def _check_shard(folder: Path, shard: ShardInfo, *, here: bool) -> IndexHeader:
     return header
 
 
+_MAPPED_INDEXES = 400  # a mapping holds a file descriptor, of which a process often has 1,024 in all
 _ARRIVALS = 2  # more readings of a remote sample whose checksum is wrong
 _STALE = "the folder mixes files of different packings, restore it from a copy or pack the dataset again"

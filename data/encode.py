@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -52,6 +52,15 @@ class Survey:
         return sum(entry.n_bytes for entry in self.entries.values())
 
 
+@dataclass(frozen=True)
+class Part:
+    """What becomes one dataset: its sources, what the survey kept of them, and which documents are held out."""
+
+    opened: list[Source]
+    found: Survey
+    choice: HeldoutChoice
+
+
 def _documents(opened: list[Source]) -> Iterator[tuple[int, Document]]:
     """Every document of every source with its source's number; names get their source in front if there are several."""
     for number, source in enumerate(opened):
@@ -61,10 +70,14 @@ def _documents(opened: list[Source]) -> Iterator[tuple[int, Document]]:
             yield number, document
 
 
-def survey(opened: list[Source], report: Progress) -> Survey:
-    """First reading: which documents to keep; of identical ones the first."""
+def survey(opened: list[Source], report: Progress, digests: set[bytes]) -> Survey:
+    """First reading: which documents to keep; of identical ones the first.
+
+    Args:
+        opened: the sources.
+        digests: of the documents that other surveys kept; those kept here are added.
+    """
     entries: dict[str, Entry] = {}
-    digests: set[bytes] = set()
     totals = [[0, 0] for _ in opened]
     n_duplicates = done = 0
     for number, document in _documents(opened):
@@ -80,7 +93,8 @@ def survey(opened: list[Source], report: Progress) -> Survey:
         totals[number][1] += len(document.data)
     if not entries:
         reasons = "; ".join(f"{source.name}: {dict(source.skipped)}" for source in opened)
-        raise DataError(f"the sources hold no text (left out: {reasons}); give UTF-8 text or code")
+        again = f", and {n_duplicates} documents of other sources again" if n_duplicates else ""
+        raise DataError(f"the sources hold no text (left out: {reasons}{again}); give UTF-8 text or code")
     return Survey(entries, n_duplicates, tuple((n_documents, n_bytes) for n_documents, n_bytes in totals))
 
 
@@ -99,9 +113,7 @@ def _kept(opened: list[Source], entries: dict[str, Entry]) -> Iterator[Document]
         raise DataError(f"{len(entries) - seen} documents vanished while they were packed; pack again")
 
 
-def make_tokenizer(
-    spec: str, opened: list[Source], found: Survey, choice: HeldoutChoice, report: Progress
-) -> Tokenizer:
+def make_tokenizer(spec: str, parts: Sequence[Part], report: Progress) -> Tokenizer:
     """The tokenizer that `spec` asks for; "bpe:N" is trained on what is not held out, at most 64 MiB of it."""
     if spec == "bytes":
         return ByteTokenizer()
@@ -109,29 +121,30 @@ def make_tokenizer(
         return load_tokenizer(deepseek_file(), DEEPSEEK)
     if not spec.startswith("bpe:"):
         return load_tokenizer(spec)
-    entries, total = found.entries, found.n_bytes
+    total = sum(part.found.n_bytes for part in parts)
     share = min(1.0, _TRAINING_BYTES / total)
 
     def texts() -> Iterator[str]:
         done = 0
-        for document in _kept(opened, entries):
-            # the digest is uniform, so its first bytes draw an even, repeatable sample of a large corpus
-            drawn = int.from_bytes(entries[document.name].digest[:4], "little") < share * 2**32
-            if document.name in choice.names or not drawn:
-                continue
-            data = split_tail(document.data, choice.tail_bytes)[0] if document.name == choice.tail else document.data
-            done += len(data)
-            report("training the tokenizer", done, int(total * share))
-            yield data.decode("utf-8")
+        for part in parts:
+            entries, choice = part.found.entries, part.choice
+            for document in _kept(part.opened, entries):
+                # the digest is uniform, so its first bytes draw an even, repeatable sample of a large corpus
+                drawn = int.from_bytes(entries[document.name].digest[:4], "little") < share * 2**32
+                if document.name in choice.names or not drawn:
+                    continue
+                tail = choice.tail_bytes if document.name == choice.tail else 0
+                data = split_tail(document.data, tail)[0] if tail else document.data
+                done += len(data)
+                report("training the tokenizer", done, int(total * share))
+                yield data.decode("utf-8")
 
     return train_bpe(texts(), int(spec[4:]))
 
 
 def write_dataset(
     folder: Path,
-    opened: list[Source],
-    found: Survey,
-    choice: HeldoutChoice,
+    part: Part,
     encoder: Tokenizer,
     shard_bytes: int,
     encoding: Encoding,
@@ -141,6 +154,7 @@ def write_dataset(
 
     What an interrupted packing has left in the folder is kept. None on processes that only encode.
     """
+    opened, found, choice = part.opened, part.found, part.choice
     dtype = np.dtype("<u2") if encoder.vocab_size <= 1 << 16 else np.dtype("<u4")
     state = PackState(**encoding.share(asdict(PackState.load(folder)) if encoding.writes else None))
     documents = islice(_split(_kept(opened, found.entries), choice), state.number, None)

@@ -6,6 +6,7 @@ records, shard sha256, CRC-32C of the header before it) and then one record of 3
 
 from __future__ import annotations
 
+import mmap
 import struct
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +18,7 @@ from data.crc32c import crc32c
 from data.errors import DataError
 
 RECORD = np.dtype([("key_hash", "<u8"), ("offset", "<u8"), ("nbytes", "<u8"), ("n_tokens", "<u8"), ("crc32c", "<u4")])
+RECORD_LAYOUT = struct.Struct("<QQQQI")  # the same; unpacks one record several times faster than numpy picks it out
 _MAGIC = b"TRIMIDX\0"
 _VERSION = 1
 _HEADER = struct.Struct("<8sIIQQI32s")
@@ -94,8 +96,10 @@ def map_records(path: Path, header: IndexHeader, *, check: bool = True) -> np.nd
     """
     if header.n_records == 0:
         return np.empty(0, RECORD)
-    # a plain view: picking a record out of a np.memmap itself takes three times as long
-    records = np.asarray(np.memmap(path, RECORD, mode="r", offset=_HEADER_BYTES, shape=(header.n_records,)))
+    # several times faster than np.memmap, both to make and to pick a record out of
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    records = np.frombuffer(mapped, RECORD, header.n_records, _HEADER_BYTES)
     if check and crc32c(records.view(np.uint8)) != header.records_crc:
         raise DataError(f"{path}: the index's records are damaged; {_REMEDY}")
     return records

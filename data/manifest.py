@@ -13,6 +13,7 @@ from data.errors import DataError
 from data.storage import check_name
 
 MANIFEST = "manifest.json"
+MIXTURE = "mixture.json"
 TOKENIZER = "tokenizer.json"
 DOCUMENTS = "documents.jsonl"
 PACK_RECORD = "pack.json"
@@ -105,6 +106,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DataError(
             f"data.path = {folder}: no such folder; pack one with `trimtab data pack SOURCE --out {folder}`"
         )
+    if (folder / MIXTURE).is_file():
+        raise DataError(
+            f"{folder}: holds several weighted sources; give it as data.path, or single folders of it in data.mixture"
+        )
     if not path.is_file():
         what = "is not a packed dataset (it has no manifest.json)" if any(folder.iterdir()) else "is empty"
         raise DataError(f"data.path = {folder}: {what}; pack one with `trimtab data pack SOURCE --out DIR`")
@@ -112,7 +117,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: is damaged ({error}); restore it from a copy or pack the data again") from error
-    return parse_manifest(raw, str(path), _recorded_fingerprint(folder))
+    return parse_manifest(raw, str(path), recorded_fingerprint(folder))
 
 
 def parse_manifest(raw: bytes, where: str, recorded: str = "") -> Manifest:
@@ -149,11 +154,19 @@ def parse_manifest(raw: bytes, where: str, recorded: str = "") -> Manifest:
     return manifest
 
 
-def _recorded_fingerprint(folder: Path) -> str:
+def recorded_fingerprint(folder: Path) -> str:
     """The fingerprint that packing noted down beside the manifest; empty where the note is missing."""
     try:
-        return str(json.loads((folder / PACK_RECORD).read_text(encoding="utf-8")).get("fingerprint", ""))
-    except (OSError, ValueError, AttributeError):
+        return noted_fingerprint((folder / PACK_RECORD).read_bytes())
+    except OSError:
+        return ""
+
+
+def noted_fingerprint(raw: bytes) -> str:
+    """The fingerprint in the content of pack.json; empty where it is none."""
+    try:
+        return str(json.loads(raw).get("fingerprint", ""))
+    except (ValueError, AttributeError):
         return ""
 
 

@@ -25,7 +25,8 @@ from data.dataset import Dataset, HeldoutDocument, Split, open_dataset
 from data.errors import DataError
 from data.plan import PLAN_VERSION, EpochSteps, Plan
 from data.tokenizer import Tokenizer
-from data.windows import Piece
+from data.weighted import resolved
+from data.windows import Piece, PieceTable, join_tables
 
 CYCLE = 1000
 
@@ -127,15 +128,23 @@ class MixedPlan:
         first = step * global_batch_size
         return self.sequence_ids(np.arange(first, first + global_batch_size, dtype=np.int64))
 
-    def layout(self, sequence: int) -> list[tuple[int, int, int, int]]:
-        """As Plan.layout, with shards numbered through all sources."""
-        own, source = divmod(sequence, len(self.plans))
-        offset = self._shard_offsets[source]
-        return [(shard + offset, row, start, stop) for shard, row, start, stop in self.plans[source].layout(own)]
+    def table(self, ids: np.ndarray) -> PieceTable:
+        """As Plan.table, with shards numbered through all sources."""
+        own, sources = np.divmod(ids, len(self.plans))
+        tables = []
+        for source in np.unique(sources).tolist():
+            places = np.flatnonzero(sources == source)
+            found = self.plans[source].table(own[places])
+            tables.append(
+                found._replace(sequence=places[found.sequence], shard=found.shard + self._shard_offsets[source])
+            )
+        joined = join_tables(tables)
+        order = np.argsort(joined.sequence, kind="stable")
+        return PieceTable(*(column[order] for column in joined))
 
     def pieces(self, sequence: int) -> list[Piece]:
         """As Plan.pieces."""
-        return list(map(Piece._make, self.layout(sequence)))
+        return list(map(Piece._make, self.table(np.array([sequence])).by_sequence(1)[0]))
 
     def shards_near(self, sequence: int) -> set[int]:
         """As Plan.shards_near."""
@@ -169,12 +178,17 @@ class MixedSplit:
         self._firsts = np.cumsum([0, *(len(split.info.shards) for split in splits)])[:-1].tolist()
         self.dtype, self.vocab_size = splits[0].dtype, splits[0].vocab_size
 
-    def read(self, shard: int, row: int, *, in_vocabulary: bool = True) -> np.ndarray:
+    def read(self, shard: int, row: int) -> np.ndarray:
         """As Split.read."""
         split, own = self._locate(shard)
-        return split.read(own, row, in_vocabulary=in_vocabulary)
+        return split.read(own, row)
 
-    def read_range(self, shard: int, row: int, start: int, stop: int) -> np.ndarray:
+    def read_bytes(self, shard: int, row: int) -> bytes:
+        """As Split.read_bytes."""
+        split, own = self._locate(shard)
+        return split.read_bytes(own, row)
+
+    def read_range(self, shard: int, row: int, start: int, stop: int) -> bytes:
         """As Split.read_range."""
         split, own = self._locate(shard)
         return split.read_range(own, row, start, stop)
@@ -244,11 +258,12 @@ def mixed_fingerprint(fingerprints: Sequence[str]) -> str:
 
 
 def open_data(config: DataConfig) -> Dataset | MixedDataset:
-    """Opens what a `data` section names: data.path, or the sources of data.mixture.
+    """Opens what a `data` section names: data.path (a dataset, or a folder of weighted sources), or data.mixture.
 
     Raises:
         DataError: one cannot be used, or their tokenizers differ.
     """
+    config = resolved(config)
     if not config.mixture:
         return open_dataset(config.path, config.remote())
     opened: list[Dataset] = []
@@ -271,6 +286,7 @@ def plan_of(dataset: Dataset | MixedDataset, config: DataConfig, global_batch_si
     """
     if isinstance(dataset, Dataset):
         return Plan.of(dataset, config)
+    config = resolved(config)
     plans = [Plan.of(source, config) for source in dataset.datasets]
     phases = [Phase(0, config.weights or (1.0,) * len(plans))]
     if config.curriculum:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from data.errors import DataError
@@ -54,17 +55,19 @@ class RangeReader:
 class CachedReader:
     """Reads shards from a folder of the node and fetches those that are not there, whole and checked.
 
-    Processes of one node share the folder: one fetches a shard (it holds a claim, a file NAME.claim), the others wait
-    for it; if it dies, the next one takes over. Shards that were used least recently go when `cap_bytes` is exceeded.
-    Where all were used in the last minute, a shard is read by range instead: the cap is then too small for the windows
-    that are being read.
+    Processes of one node share the folder: one fetches a shard (it holds a claim, a file NAME.claim of the shard's
+    size that takes no space), the others wait for it; if it dies, the next one takes over. A claim counts against
+    `cap_bytes` like the shard that it stands for. Whoever has claimed looks afterwards whether all that is there and
+    claimed fits: of two that claim at once, the later one sees both. Shards that were used least recently go when the
+    cap is exceeded. Where all were used in the last minute, a shard is read by range instead: the cap is then too small
+    for the windows that are being read.
 
     Args:
         storage: where the shards come from.
         folder: this dataset's part of the cache.
         root: the whole cache, to which the cap applies.
         shards: of the split.
-        cap_bytes: most bytes of all shards in the cache; shards that are being fetched come on top.
+        cap_bytes: most bytes of all shards in the cache, those that are being fetched included.
     """
 
     remote = True
@@ -133,34 +136,32 @@ class CachedReader:
         claim = path.with_name(f"{info.file}.claim")
         deadline = time.monotonic() + self._storage.deadline_s
         while not path.exists():
-            if not self._make_room(info.n_bytes):
-                return False
-            try:
-                os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            except FileExistsError:
+            token = _claim(claim, info.n_bytes)
+            if not token:
                 self._wait_for(path, claim, deadline)
                 continue
             alive = threading.Event()
-            threading.Thread(target=_renew, args=(claim, alive), daemon=True).start()
+            threading.Thread(target=_renew, args=(claim, token, alive), daemon=True).start()
             try:
                 if path.exists():  # whoever had the claim before has brought it
                     return True
+                if not self._make_room():
+                    return False
                 place_file(path, self._storage.read(info.file, info.n_bytes, info.sha256))
+            except FileNotFoundError:  # stopped for so long that another process took over and cleared up
+                if time.monotonic() > deadline:
+                    raise
             finally:
                 alive.set()
-                claim.unlink(missing_ok=True)
+                if _token(claim) == token:
+                    claim.unlink(missing_ok=True)
         return True
 
     def _wait_for(self, path: Path, claim: Path, deadline: float) -> None:
         """Waits while another process fetches a file; removes its claim if it has died."""
         while not path.exists():
-            try:
-                age = time.time() - claim.stat().st_mtime
-            except OSError:
-                return  # it gave up
-            if age > _STALE_S:
-                claim.unlink(missing_ok=True)
-                return
+            if not claim.exists() or _cleared(claim):
+                return  # it gave up, or has died
             if time.monotonic() > deadline:
                 raise StorageError(
                     f"{path}: another process did not fetch it within data.deadline_s = {self._storage.deadline_s:g} "
@@ -168,30 +169,73 @@ class CachedReader:
                 )
             time.sleep(0.02)
 
-    def _make_room(self, n_bytes: int) -> bool:
-        """Removes shards until `n_bytes` more fit under the cap; False where those left were all used just now."""
-        files = []
+    def _make_room(self) -> bool:
+        """Removes shards until all that are there or claimed fit under the cap; False where those left were all used
+        just now."""
+        claimed: dict[Path, int] = {}
+        for claim in self._root.glob("*/*.claim"):  # before the shards: one that arrives in between shows in both
+            if (status := _status(claim)) is not None and not _cleared(claim):
+                claimed[claim.with_suffix("")] = status.st_size
+        shards = []
         for path in self._root.glob("*/*.tar"):
-            try:
-                status = path.stat()
-            except OSError:
-                continue  # another process removed it
-            files.append((status.st_mtime, status.st_size, path))
-        total = sum(size for _, size, _ in files)
-        for used, size, path in sorted(files, key=lambda entry: entry[:2]):
-            if total + n_bytes <= self._cap:
+            if (status := _status(path)) is not None and path not in claimed:
+                shards.append((status.st_mtime, status.st_size, path))
+        total = sum(claimed.values()) + sum(size for _, size, _ in shards)
+        for used, size, path in sorted(shards, key=lambda entry: entry[:2]):
+            if total <= self._cap or time.time() - used < _KEPT_S:
                 break
-            if time.time() - used < _KEPT_S:
-                return False
             path.unlink(missing_ok=True)
             total -= size
-        return total + n_bytes <= self._cap
+        return total <= self._cap
 
 
-def _renew(claim: Path, done: threading.Event) -> None:
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None  # another process removed it
+
+
+def _claim(claim: Path, n_bytes: int) -> str:
+    """Makes a claim of a shard's size; returns what proves it to be ours, empty where there is a claim already."""
+    try:
+        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return ""
+    token = uuid.uuid4().hex
+    try:
+        os.write(handle, token.encode("ascii"))
+        os.ftruncate(handle, max(n_bytes, len(token)))
+    finally:
+        os.close(handle)
+    return token
+
+
+def _token(claim: Path) -> str:
+    """Whose claim it is; empty where there is none."""
+    try:
+        with claim.open("rb") as file:
+            return file.read(32).decode("ascii", errors="replace")
+    except OSError:
+        return ""
+
+
+def _cleared(claim: Path) -> bool:
+    """Removes a claim that nobody renews, and what its process has left of the shard; False where it is alive."""
+    token, status = _token(claim), _status(claim)
+    if status is None or time.time() - status.st_mtime <= _STALE_S:
+        return False
+    if _token(claim) == token:  # not a new one that another process has made in between
+        for left in claim.parent.glob(f"{claim.stem}.*.tmp"):
+            left.unlink(missing_ok=True)
+        claim.unlink(missing_ok=True)
+    return True
+
+
+def _renew(claim: Path, token: str, done: threading.Event) -> None:
     """Keeps a claim fresh while its process lives."""
     while not done.wait(_STALE_S / 4):
-        try:
-            os.utime(claim)
-        except OSError:
+        if _token(claim) != token:
             return
+        with suppress(OSError):
+            os.utime(claim)

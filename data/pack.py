@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +12,13 @@ from pathlib import Path
 from data.builtin import BUILTIN_CORPORA
 from data.corpus import Source, open_source
 from data.dataset import open_dataset
-from data.encode import Progress, make_tokenizer, survey, write_dataset
-from data.encoding import Encoding, HereEncoding, ProcessEncoding
+from data.encode import Progress
+from data.encoding import Encoding
 from data.errors import DataError
-from data.heldout import choose_heldout
-from data.manifest import MANIFEST, PACK_RECORD, TOKENIZER, Manifest, read_manifest
-from data.node_cache import place_file
-from data.progress import work_folder
-from data.tokenizer import DEEPSEEK, check_spec, deepseek_file, load_tokenizer
+from data.manifest import MANIFEST, MIXTURE, Manifest, read_manifest
+from data.packing import Settings, reusable, write_and_publish
+from data.tokenizer import DEEPSEEK, check_spec, deepseek_file
+from data.weighted import Mixture, WeightedSource, check_weighted, read_mixture
 
 _LAYOUT_VERSION = 1  # part of the inputs' signature: a change of what packing writes makes old folders outdated
 
@@ -46,6 +42,29 @@ class Packed:
             f"{heldout.n_documents} held out; left out {self.manifest.n_duplicates} duplicates and {left_out} "
             f"empty or not text; {self.seconds:.1f} s"
         )
+
+
+@dataclass(frozen=True)
+class PackedMixture:
+    """What packing weighted sources gave; as Packed."""
+
+    path: Path
+    mixture: Mixture
+    reused: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        whole = sum(source.weight for source in self.mixture.sources)
+        lines = [
+            f"{'reused' if self.reused else 'packed'} {self.path}: {len(self.mixture.sources)} weighted sources "
+            f"({self.mixture.tokenizer}); {self.seconds:.1f} s"
+        ]
+        lines += [
+            f"  {source.name}: {source.weight / whole:.1%} of the sequences, {source.n_documents:,} documents, "
+            f"{source.n_tokens:,} tokens, {source.n_heldout} held out, licence {source.licence}"
+            for source in self.mixture.sources
+        ]
+        return "\n".join(lines)
 
 
 def pack(
@@ -87,50 +106,54 @@ def pack(
     """
     started = time.perf_counter()
     out = Path(out)
-    _check_arguments(sources, tokenizer, shard_mb, heldout, heldout_kib, workers)
+    settings = Settings(tokenizer, shard_mb, heldout, heldout_kib, workers, encoding, progress)
+    _check(sources, settings)
     opened = _name_apart([open_source(spec, licence) for spec in sources])
-    signature = _signature(opened, tokenizer, shard_mb, heldout, heldout_kib)
-    replace = out.is_dir() and any(out.iterdir())
-    if (manifest := _reusable(out, signature, overwrite)) is not None:
-        return Packed(out, manifest, True, time.perf_counter() - started)
+    signature = _signature(opened, settings)
+    if (there := reusable(out, signature, overwrite, _intact)) is not None:
+        return Packed(out, there, True, time.perf_counter() - started)
 
-    report = progress or (lambda phase, done, total: None)
-    found = survey(opened, report)
-    sizes = [(entry.name, entry.n_bytes) for entry in found.entries.values()]
-    choice = choose_heldout(sizes, heldout, int(heldout_kib * 1024))
-    here: Encoding = encoding or HereEncoding()
-    temporary = Path(here.share(str(work_folder(out, signature)) if here.writes else None))
-    if workers > 1:
-        here = ProcessEncoding(workers, temporary / TOKENIZER)
-    try:
-        if here.writes and not (temporary / TOKENIZER).exists():
-            encoder = make_tokenizer(tokenizer, opened, found, choice, report)
-            place_file(temporary / TOKENIZER, encoder.to_json().encode("utf-8"))
-        spec = tokenizer if tokenizer == DEEPSEEK or tokenizer.startswith("bpe:") else Path(tokenizer).name
-        here.share(None)  # the file is there from here on
-        encoder = load_tokenizer(temporary / TOKENIZER, spec)
-        made = write_dataset(temporary, opened, found, choice, encoder, int(shard_mb * (1 << 20)), here, report)
-        if made is None:
-            here.share(None)
-            return Packed(out, read_manifest(out), False, time.perf_counter() - started)
-        manifest = made
-        record = {
-            "signature": signature,
-            "fingerprint": manifest.fingerprint,
-            "sources": [
-                spec if spec in BUILTIN_CORPORA or "://" in spec else str(Path(spec).resolve()) for spec in sources
-            ],
-            "python": platform.python_version(),
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        (temporary / PACK_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        raced = _publish(temporary, out, signature, replace)
-        here.share(None)
-    except DataError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(temporary, ignore_errors=True)
-    return Packed(out, manifest, raced, time.perf_counter() - started)
+    def finish(_: Path, manifests: list[Manifest]) -> dict:
+        return {"fingerprint": manifests[0].fingerprint, "sources": [_shown(spec) for spec in sources]}
+
+    raced = write_and_publish([("", opened)], out, signature, settings, finish)
+    return Packed(out, read_manifest(out), raced, time.perf_counter() - started)
+
+
+def pack_weighted(
+    sources: Sequence[WeightedSource],
+    out: str | Path,
+    settings: Settings,
+    *,
+    licence: str | None = None,
+    overwrite: bool = False,
+) -> PackedMixture:
+    """Packs each source into a dataset OUT/NAME of its own, all with one tokenizer, and writes OUT/mixture.json.
+
+    Of identical documents the first is kept, whatever its source. Each source gives its own held-out documents, within
+    an equal part of `heldout_kib`. Otherwise as `pack`.
+
+    Raises:
+        DataError: as `pack`; or a name or weight that cannot be used.
+    """
+    started = time.perf_counter()
+    out = Path(out)
+    _check([source.path for source in sources], settings, check_weighted(sources))
+    opened = [open_source(source.path, licence) for source in sources]
+    for source, one in zip(sources, opened, strict=True):
+        one.name = source.name
+    signature = _signature(opened, settings, [source.weight for source in sources])
+    if (there := reusable(out, signature, overwrite, _intact_mixture)) is not None:
+        return PackedMixture(out, there, True, time.perf_counter() - started)
+
+    def finish(folder: Path, manifests: list[Manifest]) -> dict:
+        mixture = Mixture.of([(source.name, source.weight) for source in sources], manifests)
+        (folder / MIXTURE).write_text(mixture.to_json(), encoding="utf-8")
+        return {"fingerprint": mixture.fingerprint, "sources": [_shown(source.path) for source in sources]}
+
+    groups = [(one.name, [one]) for one in opened]
+    raced = write_and_publish(groups, out, signature, settings, finish)
+    return PackedMixture(out, _intact_mixture(out), raced, time.perf_counter() - started)
 
 
 def pack_builtin(name: str, root: str | Path = "datasets", *, progress: Progress | None = None) -> Packed:
@@ -159,22 +182,25 @@ def builtin_at(path: str | Path) -> str | None:
     return path.name if path.name in BUILTIN_CORPORA and path.parent.name == "datasets" else None
 
 
-def _check_arguments(
-    sources: Sequence[str], tokenizer: str, shard_mb: float, heldout: float, heldout_kib: float, workers: int
-) -> None:
-    found = check_spec(tokenizer)
+def _check(sources: Sequence[str], settings: Settings, problems: Sequence[str] = ()) -> None:
+    found = [*problems, *check_spec(settings.tokenizer)]
     if not sources:
         found.append("no source was given; give a folder, files or a built-in corpus")
-    if workers < 1:
-        found.append(f"workers = {workers} is too few; use at least 1")
-    if not shard_mb > 0:
-        found.append(f"shard_mb = {shard_mb} is too small; use for example 64")
-    if not 0 <= heldout <= 0.5:
-        found.append(f"heldout = {heldout} is not a share from 0 to 0.5; use for example 0.02")
-    if not heldout_kib >= 0:
-        found.append(f"heldout_kib = {heldout_kib} is negative; use for example 256")
+    if settings.workers < 1:
+        found.append(f"workers = {settings.workers} is too few; use at least 1")
+    if not settings.shard_mb > 0:
+        found.append(f"shard_mb = {settings.shard_mb} is too small; use for example 64")
+    if not 0 <= settings.heldout <= 0.5:
+        found.append(f"heldout = {settings.heldout} is not a share from 0 to 0.5; use for example 0.02")
+    if not settings.heldout_kib >= 0:
+        found.append(f"heldout_kib = {settings.heldout_kib} is negative; use for example 256")
     if found:
         raise DataError("; ".join(found))
+
+
+def _shown(spec: str) -> str:
+    """A source as pack.json names it."""
+    return spec if spec in BUILTIN_CORPORA or "://" in spec else str(Path(spec).resolve())
 
 
 def _name_apart(opened: list[Source]) -> list[Source]:
@@ -187,45 +213,21 @@ def _name_apart(opened: list[Source]) -> list[Source]:
     return opened
 
 
-def _signature(opened: list[Source], tokenizer: str, shard_mb: float, heldout: float, heldout_kib: float) -> str:
+def _signature(opened: list[Source], settings: Settings, weights: Sequence[float] | None = None) -> str:
     """sha256 over the options and the name, size and time of every file."""
+    tokenizer = settings.tokenizer
     file = deepseek_file() if tokenizer == DEEPSEEK else Path(tokenizer)
     is_file = tokenizer != "bytes" and not tokenizer.startswith("bpe:")
     inputs = {
         "layout": _LAYOUT_VERSION,
         "tokenizer": hashlib.sha256(file.read_bytes()).hexdigest() if is_file else tokenizer,
-        "shard_mb": shard_mb,
-        "heldout": heldout,
-        "heldout_kib": heldout_kib,
+        "shard_mb": settings.shard_mb,
+        "heldout": settings.heldout,
+        "heldout_kib": settings.heldout_kib,
         "sources": [(source.name, source.licence, source.signature()) for source in opened],
+        **({} if weights is None else {"weights": list(weights)}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode("utf-8")).hexdigest()
-
-
-def _reusable(out: Path, signature: str, overwrite: bool) -> Manifest | None:
-    """The manifest of a folder packed from the same inputs; None where packing may go ahead."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / MANIFEST).is_file() or not (out / PACK_RECORD).is_file():
-        raise DataError(f"{out}: exists and is not a packed dataset, it is left as it is; choose another folder")
-    if _recorded_signature(out) == signature:
-        try:
-            return _intact(out)
-        except DataError:
-            return None  # damaged, and the same inputs are here to make it anew
-    if not overwrite:
-        raise DataError(
-            f"{out}: holds a dataset that was packed from other inputs or options; choose another folder, remove it, "
-            f"or ask to overwrite it"
-        )
-    return None
-
-
-def _recorded_signature(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / PACK_RECORD).read_text(encoding="utf-8")).get("signature", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
 
 
 def _intact(folder: Path) -> Manifest:
@@ -234,18 +236,12 @@ def _intact(folder: Path) -> Manifest:
         return dataset.manifest
 
 
-def _publish(temporary: Path, out: Path, signature: str, replace: bool) -> bool:
-    """Renames the finished folder into place; True if another process published the same dataset first."""
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
-    try:
-        if replace:
-            os.rename(out, old)
-        os.rename(temporary, out)
-    except OSError as error:
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-        if _recorded_signature(out) == signature:
-            return True
-        raise DataError(f"{out}: cannot be put in place ({error}); choose another folder") from error
-    shutil.rmtree(old, ignore_errors=True)
-    return False
+def _intact_mixture(folder: Path) -> Mixture:
+    """What mixture.json says, if the datasets that it names are there and intact."""
+    mixture = read_mixture(folder)
+    if mixture is None:
+        raise DataError(f"{folder}: has no {MIXTURE}; pack the data again")
+    for source in mixture.sources:
+        if _intact(folder / source.name).fingerprint != source.fingerprint:
+            raise DataError(f"{folder / source.name}: is another dataset than {MIXTURE} names; pack the data again")
+    return mixture

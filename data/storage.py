@@ -14,7 +14,7 @@ from typing import IO, Any, TypeVar
 
 from data.errors import DataError
 
-_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ADDRESS = re.compile(r"([a-z][a-z0-9+]*)://")
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 10.0
 _TRY_SHARE = 0.25  # of the deadline, that one try may take before it is given up and begun again
@@ -56,7 +56,7 @@ def check_name(name: str, where: str) -> str:
     Raises:
         DataError: it holds a slash, begins with a dot, or is a command.
     """
-    if not isinstance(name, str) or not _SAFE_NAME.fullmatch(name):
+    if not isinstance(name, str) or not SAFE_NAME.fullmatch(name):
         raise DataError(f"{where}: names the file {name!r}; only plain names of the same folder are allowed")
     return name
 
@@ -109,6 +109,15 @@ class Storage:
             return b""
         path = f"{self._root}/{name}"
         return self._tried(name, lambda: self._system.cat_file(path, start=offset, end=offset + n_bytes), n_bytes)
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file as the storage says; None where it does not say.
+
+        Raises:
+            StorageError: as `read`.
+        """
+        info = retried(lambda: self._system.info(f"{self._root}/{name}"), f"{self.address}/{name}", self.deadline_s)
+        return None if info.get("size") is None else int(info["size"])
 
     def open(self, name: str) -> IO[bytes]:
         """A file object that reads on demand, with the storage library's own retries."""

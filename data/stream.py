@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 
 from data import cursor as cursors
+from data.assemble import Assembler
 from data.batches import Batches
-from data.cache import DocumentCache
 from data.dataset import Dataset
-from data.errors import DamagedSampleError, DataError
+from data.errors import DataError
 from data.ledger import format_hash, hash_sequences, ledger_line
 from data.plan import Plan
 from data.storage import is_remote
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from data.mixture import MixedDataset, MixedPlan
 
 _AHEAD = 2  # steps assembled in the background beyond the one that is asked for
+_TOKENS_TOGETHER = 1 << 17  # micro-batches are laid out together up to so many tokens
 
 
 class MicroBatch(NamedTuple):
@@ -93,13 +93,12 @@ class Stream:
             problems.append(f"data-parallel rank {dp_rank} does not exist among {dp_size}")
         if problems:
             raise DataError("; ".join(problems))
-        self._cache = DocumentCache(dataset.train, cache_mb)
+        self._assembler = Assembler(dataset, plan, cache_mb)
         self._remote = any(is_remote(one.path) for one in getattr(dataset, "datasets", (dataset,)))
         self._on_damage, self._damage_budget, self._timeout_s = on_damage, damage_budget, timeout_s
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="trimtab-data")
         self._pending: dict[int, Future[list[MicroBatch]]] = {}
-        self._closed = threading.Event()
-        self._consumed: tuple[int, int] | None = None
+        self._consumed: tuple[int, list[torch.Tensor]] | None = None
         self.wait_seconds = 0.0
         self.total_wait_seconds = 0.0
         self.quarantined: dict[int, str] = {}
@@ -135,10 +134,10 @@ class Stream:
             ) from error
         self.wait_seconds = time.perf_counter() - started
         self.total_wait_seconds += self.wait_seconds
-        ids = torch.cat([micro_batch.sequence_ids for micro_batch in micro_batches]).numpy()
-        self._consumed = (step, hash_sequences(ids))
+        self._consumed = step, [micro_batch.sequence_ids for micro_batch in micro_batches]
         if self.quarantined:
-            self._masked.update(sequence for sequence in ids.tolist() if sequence in self.quarantined)
+            ids = torch.cat(self._consumed[1]).tolist()
+            self._masked.update(sequence for sequence in ids if sequence in self.quarantined)
             self.n_quarantined = len(self._masked)
         return micro_batches
 
@@ -187,7 +186,7 @@ class Stream:
         if self._consumed is None or self._consumed[0] != step:
             last = "nothing" if self._consumed is None else f"step {self._consumed[0]}"
             raise DataError(f"step {step} was not the last one read ({last} was); ask right after reading it")
-        return self._consumed[1]
+        return hash_sequences(torch.cat(self._consumed[1]).numpy())
 
     def ledger_line(self, step: int, consumed: int) -> dict[str, Any]:
         """The line of ledger.jsonl for a step.
@@ -229,7 +228,7 @@ class Stream:
 
     def close(self) -> None:
         """Stops the background reading."""
-        self._closed.set()
+        self._assembler.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Stream:
@@ -242,75 +241,22 @@ class Stream:
         ids = self.global_ids(step)[self._dp_rank :: self._dp_size]
         if self._remote:
             self._dataset.train.prefetch(set().union(*map(self._plan.shards_near, ids.tolist())))
+        size = self._micro_batch_size
+        together = size * max(1, _TOKENS_TOGETHER // (size * self._plan.seq_len))
         return [
-            self._assemble(ids[start : start + self._micro_batch_size])
-            for start in range(0, len(ids), self._micro_batch_size)
+            micro_batch
+            for start in range(0, len(ids), together)
+            for micro_batch in self._assemble(ids[start : start + together])
         ]
 
-    def _assemble(self, ids: np.ndarray, *, each_checked: bool = False) -> MicroBatch:
-        """Reads and lays out the sequences of one micro-batch.
-
-        Tokens are copied in their stored width, one token more than a sequence has targets, and both tensors are
-        widened from that at once. The vocabulary is checked at once too: only if a token is outside it, everything is
-        laid out again, `each_checked`, to find out whose it is.
-        """
-        n, seq_len = len(ids), self._plan.seq_len
-        eod_id = self._dataset.manifest.eod_id
-        stored = np.full((n, seq_len + 1), eod_id, self._dataset.train.dtype)
-        doc_ids = np.zeros((n, seq_len), np.int64)
-        contexts: list[tuple[int, int, int]] = []
-        filled = []
-        for row, sequence in enumerate(ids.tolist()):
-            if self._closed.is_set():
-                raise DataError("the stream was closed while it was read")
-            try:
-                n_targets, own_contexts = self._fill(sequence, stored[row], doc_ids[row], each_checked)
-            except DamagedSampleError as error:
-                if self._on_damage == "fail":
-                    raise
-                self.quarantined[sequence] = str(error)
-                stored[row], doc_ids[row], n_targets, own_contexts = eod_id, 0, 0, []
-            filled.append(n_targets)
-            contexts += [(row, column, token) for column, token in own_contexts]
-        if not each_checked and int(stored.max()) >= self._dataset.train.vocab_size:
-            return self._assemble(ids, each_checked=True)
-        tokens, targets = stored[:, :-1].astype(np.int64), stored[:, 1:].astype(np.int64)
-        for row, column, token in contexts:
-            tokens[row, column] = token
-        mask = np.ones((n, seq_len), bool)
-        for row, n_targets in enumerate(filled):
-            if n_targets < seq_len:
-                mask[row, n_targets:] = False
-        return MicroBatch(*map(torch.from_numpy, (tokens, targets, doc_ids, mask, ids.copy())))
-
-    def _fill(
-        self, sequence: int, stored: np.ndarray, doc_ids: np.ndarray, checked: bool
-    ) -> tuple[int, list[tuple[int, int]]]:
-        """Lays out one sequence in rows (seq_len + 1,) of end tokens and (seq_len,) of zeros.
-
-        Returns:
-            How many targets it has, and (column, token) where the token in front of a piece is not the target before.
-        """
-        at = 0
-        contexts = []
-        for number, (shard, document, start, stop) in enumerate(self._plan.layout(sequence)):
-            end = at + stop - start
-            if start == 0:  # in front of it stands an end token: the document's before it, or padding
-                text = self._cache.tokens(shard, document, 0, stop)
-                stored[at + 1 : end + 1] = text
-            else:
-                text = self._cache.tokens(shard, document, start - 1, stop)
-                if number:
-                    contexts.append((at, int(text[0])))
-                    stored[at + 1 : end + 1] = text[1:]
-                else:
-                    stored[: end + 1] = text
-            if number:
-                doc_ids[at:] = number
-            if checked:
-                self._dataset.train.check_vocabulary(shard, document, text)
-            at = end
-        return at, contexts
+    def _assemble(self, ids: np.ndarray) -> list[MicroBatch]:
+        """Reads sequences (n,) together and cuts them into micro-batches."""
+        rows = self._assembler.read(ids, self.quarantined if self._on_damage == "quarantine" else None)
+        tensors = (
+            torch.from_numpy(array.reshape(-1, self._micro_batch_size, *array.shape[1:])).unbind()
+            for array in (*rows, ids)
+        )
+        return list(map(MicroBatch._make, zip(*tensors, strict=True)))
 
 
 def check_sizes(lanes: int, dp_size: int, batches: int | Batches, micro_batch_size: int) -> list[str]:

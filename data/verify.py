@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,12 @@ import numpy as np
 from data.crc32c import crc32c
 from data.errors import DataError
 from data.index import map_records, read_header
-from data.manifest import DOCUMENTS, TOKENIZER, Manifest, ShardInfo, read_documents, read_manifest
+from data.manifest import DOCUMENTS, MANIFEST, MIXTURE, TOKENIZER, Manifest, ShardInfo, read_documents
+from data.places import AddressPlace, FolderPlace, Place, scratch_folder
 from data.shards import TEXT_SUFFIX, TOKENS_SUFFIX, ShardReader
-from data.storage import is_remote, local_path
+from data.storage import MissingError, StorageError, is_remote, local_path
 from data.tarwalk import BLOCK, Break, Member, parse_header, walk
+from data.weighted import read_mixture
 
 _CHUNK = 4 << 20
 
@@ -44,50 +46,100 @@ class Damage:
         return "\n".join(lines)
 
 
-def verify(path: str | Path, progress: Callable[[str, int, int], None] | None = None) -> list[Damage]:
+def verify(
+    path: str | Path, progress: Callable[[str, int, int], None] | None = None, *, deadline_s: float = 300.0
+) -> list[Damage]:
     """Checks a dataset's manifest, tokenizer, document list, indexes and shards; an empty list means that all is well.
 
     Each shard is compared with its checksum in the manifest and walked member by member as a tar reader would; where
-    anything differs, each of its samples is checked on its own.
+    anything differs, each of its samples is checked on its own. Of weighted sources every one is checked.
 
     Args:
-        path: the dataset's folder.
+        path: the dataset's folder or address; a remote file is copied here for its check and removed again.
         progress: called as progress("verifying", bytes done, bytes in total).
+        deadline_s: longest time for one part of a remote file, all tries together.
 
     Raises:
-        DataError: the folder is missing or empty; there is nothing to verify.
+        DataError: the folder is missing or empty, there is nothing to verify; or the storage does not answer.
     """
-    if is_remote(path):
-        raise DataError(
-            f"{path}: only folders are verified; remote shards are checked as they arrive, or copy them here"
-        )
-    folder = local_path(path)
+    report = progress or (lambda phase, done, total: None)
     try:
-        manifest = read_manifest(folder)
+        mixture = read_mixture(path, deadline_s)
+    except StorageError:
+        raise
     except DataError as error:
-        if not folder.is_dir() or not any(folder.glob("*.tar")):
-            raise
-        return [Damage("manifest.json", str(error))]
+        return [Damage(MIXTURE, str(error))]
+    if mixture is None:
+        return _verify_one(path, report, deadline_s)[1]
     found: list[Damage] = []
-    if _sha256(folder / TOKENIZER) != manifest.tokenizer_sha256:
+    for source in mixture.sources:
+        where = f"{str(path).rstrip('/')}/{source.name}"
+        try:
+            fingerprint, damages = _verify_one(where, _naming(report, source.name), deadline_s)
+        except StorageError as error:
+            if not isinstance(error, MissingError):
+                raise
+            damages, fingerprint = [Damage(MANIFEST, f"is missing ({error})")], source.fingerprint
+        except DataError as error:
+            damages, fingerprint = [Damage(MANIFEST, str(error))], source.fingerprint
+        if fingerprint not in ("", source.fingerprint):
+            damages = [Damage(MANIFEST, f"is another dataset's than {MIXTURE} names"), *damages]
+        found += (replace(damage, file=f"{source.name}/{damage.file}") for damage in damages)
+    return found
+
+
+def _naming(report: Callable[[str, int, int], None], name: str) -> Callable[[str, int, int], None]:
+    return lambda phase, done, total: report(f"{phase} {name}", done, total)
+
+
+def _verify_one(
+    path: str | Path, report: Callable[[str, int, int], None], deadline_s: float
+) -> tuple[str, list[Damage]]:
+    """The fingerprint (empty where the manifest is damaged) and the damages of one dataset."""
+    if not is_remote(path):
+        return _verify_place(FolderPlace(local_path(path)), report)
+    with scratch_folder() as scratch:
+        return _verify_place(AddressPlace(str(path), deadline_s, Path(scratch)), report)
+
+
+def _verify_place(place: Place, report: Callable[[str, int, int], None]) -> tuple[str, list[Damage]]:
+    try:
+        manifest = place.manifest()
+    except DataError as error:
+        if not any(name.endswith(".tar") for name in place.names()):
+            raise
+        return "", [Damage(MANIFEST, str(error))]
+    found: list[Damage] = []
+    place.bring(TOKENIZER, manifest.tokenizer_sha256)
+    if _sha256(place.folder / TOKENIZER) != manifest.tokenizer_sha256:
         found.append(Damage(TOKENIZER, "is missing or not the tokenizer of the packing; token ids have no meaning"))
-    documents = _document_rows(folder, manifest, found)
+    place.bring(DOCUMENTS, manifest.documents_sha256)
+    documents = _document_rows(place.folder, manifest, found)
     splits = [("train", manifest.train), ("heldout", manifest.heldout)]
     total = sum(shard.n_bytes for _, split in splits for shard in split.shards)
-    done = 0
+    done = ended = 0
+
+    def arrived(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        report("verifying", min(done, total), total)
+
     for name, split in splits:
         rows = iter(documents.get(name, []))
         for shard in split.shards:
             expected = [next(rows, ("?", "?")) for _ in range(shard.n_documents)]
-            found += _check_shard(folder, shard, expected, manifest, held_out=name == "heldout")
-            done += shard.n_bytes
-            if progress:
-                progress("verifying", done, total)
+            place.bring(shard.index)
+            place.bring(shard.file, shard.sha256, arrived)
+            found += _check_shard(place.folder, shard, expected, manifest, held_out=name == "heldout")
+            place.done(shard.index)
+            place.done(shard.file)
+            done = ended = ended + shard.n_bytes
+            report("verifying", done, total)
     known = {file for _, split in splits for shard in split.shards for file in (shard.file, shard.index)}
-    for file in sorted([*folder.glob("*.tar"), *folder.glob("*.idx")]):
-        if file.name not in known:
-            found.append(Damage(file.name, "does not belong to the dataset (the manifest does not list it)"))
-    return found
+    for file in place.names():
+        if file.endswith((".tar", ".idx")) and file not in known:
+            found.append(Damage(file, "does not belong to the dataset (the manifest does not list it)"))
+    return manifest.fingerprint, found
 
 
 def _document_rows(folder: Path, manifest: Manifest, found: list[Damage]) -> dict[str, list[tuple[str, str]]]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -103,19 +102,4 @@ class Recent(Generic[Value]):
     """The values of the most recently asked keys, computed on demand. Thread-safe; a value may be computed twice."""
 
     def __init__(self, compute: Callable[..., Value], capacity: int) -> None:
-        self._compute, self._capacity = compute, capacity
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, *key: int) -> Value:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        value = self._compute(*key)
-        with self._lock:
-            self._values[key] = value
-            self._values.move_to_end(key)
-            while len(self._values) > self._capacity:
-                self._values.popitem(last=False)
-        return value
+        self.get: Callable[..., Value] = lru_cache(maxsize=capacity)(compute)

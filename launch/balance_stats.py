@@ -55,26 +55,35 @@ def max_vio(counts: Any) -> float:
     return _mean(max_vio_per_layer(counts))
 
 
-def rank_loads(counts: Any, ep_size: int) -> np.ndarray:
-    """Tokens that each expert-parallel rank receives: (n_layers, G) int64; rank g holds experts g*E/G .. (g+1)*E/G - 1.
+def rank_loads(counts: Any, ep_size: int, placement: Any = None) -> np.ndarray:
+    """Tokens that each expert-parallel rank receives: (n_layers, G) int64.
 
-    Raises: ValueError when the experts do not divide evenly over the ranks.
+    Args:
+        placement: (n_layers, E) int64: slot s holds expert ``placement[layer, s]``, and rank g has the slots g*E/G ..
+            (g+1)*E/G - 1. None: slot e holds expert e.
+
+    Raises: ValueError when the experts do not divide evenly over the ranks, or the placement has another shape.
     """
     loads = _checked(counts)
     n_layers, n_experts = loads.shape
     if ep_size < 1 or n_experts % ep_size:
         raise ValueError(f"{n_experts} experts cannot be split over ep_size = {ep_size}; use a divisor of {n_experts}")
+    if placement is not None:
+        table = as_array(placement)
+        if table.shape != loads.shape:
+            raise ValueError(f"the placement has the shape {table.shape}, tokens_per_expert {loads.shape}")
+        loads = np.take_along_axis(loads, table, axis=1)  # by slot
     return loads.reshape(n_layers, ep_size, n_experts // ep_size).sum(axis=-1)  # (n_layers, G)
 
 
-def max_vio_rank_per_layer(counts: Any, ep_size: int) -> np.ndarray:
+def max_vio_rank_per_layer(counts: Any, ep_size: int, placement: Any = None) -> np.ndarray:
     """``max_vio_per_layer`` over expert-parallel ranks instead of experts: (n_layers,); zeros for ep_size 1."""
-    return _violation(rank_loads(counts, ep_size))
+    return _violation(rank_loads(counts, ep_size, placement))
 
 
-def max_vio_rank(counts: Any, ep_size: int) -> float:
+def max_vio_rank(counts: Any, ep_size: int, placement: Any = None) -> float:
     """``max_vio_rank_per_layer`` averaged over the layers; NaN when there is no layer or no token."""
-    return _mean(max_vio_rank_per_layer(counts, ep_size))
+    return _mean(max_vio_rank_per_layer(counts, ep_size, placement))
 
 
 def dead_experts(counts: Any) -> np.ndarray:
@@ -103,10 +112,42 @@ def noise_floor(n_experts: int, routed_rows: float) -> float:
     return math.sqrt(2.0 * math.log(n_experts) * n_experts / routed_rows)
 
 
-def max_vio_floor(counts: Any) -> float:
-    """``noise_floor`` of the layers' own sizes and counts, averaged over the layers."""
+def max_vio_floor_per_layer(counts: Any) -> np.ndarray:
+    """``noise_floor`` of each layer's own size and counts: (n_layers,)."""
     loads = _checked(counts)
-    return _mean(np.array([noise_floor(loads.shape[1], float(rows)) for rows in loads.sum(axis=-1)], dtype=np.float64))
+    return np.array([noise_floor(loads.shape[1], float(rows)) for rows in loads.sum(axis=-1)], dtype=np.float64)
+
+
+def max_vio_floor(counts: Any) -> float:
+    """``max_vio_floor_per_layer`` averaged over the layers."""
+    return _mean(max_vio_floor_per_layer(counts))
+
+
+def mean_of_known(figures: Any) -> float:
+    """The mean of the figures that are not NaN; NaN when there is none."""
+    return _mean(as_array(figures).astype(np.float64))
+
+
+def coactivation_lift(pairs: Any) -> np.ndarray:
+    """How often a token chooses two experts together, over what their loads alone would give: (..., E, E) float64.
+
+    Chance is pair_ij proportional to load_i * load_j for i != j, with as many pairs in all as were counted, so that 1
+    is the weighted mean whatever the number of experts per token. The diagonal is NaN, as are experts without a token,
+    and everything with one expert per token.
+
+    Args:
+        pairs: (..., E, E) int64: how often a token chose both; on the diagonal how often it chose the expert.
+    """
+    together = as_array(pairs).astype(np.float64)
+    load = np.diagonal(together, axis1=-2, axis2=-1)  # (..., E)
+    off_diagonal = ~np.eye(together.shape[-1], dtype=bool)
+    chance = load[..., :, None] * load[..., None, :] * off_diagonal  # (..., E, E)
+    total = (together * off_diagonal).sum(axis=(-2, -1), keepdims=True)
+    known = (chance > 0) & (total > 0)
+    expected = np.divide(
+        chance * total, chance.sum(axis=(-2, -1), keepdims=True), out=np.zeros_like(chance), where=known
+    )
+    return np.divide(together, expected, out=np.full(together.shape, math.nan), where=expected > 0)
 
 
 def layer_names(config: Mapping[str, Any], n_layers: int) -> list[str]:

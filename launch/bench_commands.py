@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launch.bench_balance_arms import OTHERS, RULES
+
 
 def add_bench_commands(commands: Any) -> None:
     """Adds the `bench` command and its benchmarks to a parser's subcommands."""
@@ -12,6 +14,7 @@ def add_bench_commands(commands: Any) -> None:
     _add_loader(names)
     _add_dispatch(names)
     _add_kernels(names)
+    _add_balance(names)
 
 
 def _add_loader(names: Any) -> None:
@@ -19,7 +22,7 @@ def _add_loader(names: Any) -> None:
         "loader",
         help="tokens/s and resume time of the data stream beside other loaders",
         description="Reads the same synthetic documents with this project's stream and with others: webdataset, "
-        "MosaicML streaming where they are installed, memory-mapped tokens. Each gives batches of "
+        "MosaicML streaming and Energon where they are installed, memory-mapped tokens. Each gives batches of "
         "the same shape, int64 torch tensors of tokens and targets, in one process.",
         epilog="example: trimtab bench loader --megatokens 50 --seq-len 2048 --repeats 5 --out runs/bench-loader",
     )
@@ -106,5 +109,44 @@ def _add_kernels(names: Any) -> None:
 
 def _run_kernels(options: argparse.Namespace) -> int:
     from launch.bench_kernels import run
+
+    return run(options)
+
+
+def _add_balance(names: Any) -> None:
+    balance = names.add_parser(
+        "balance",
+        help="loss, balance and speed under every balance rule, over several seeds",
+        description="Trains the same small model on the same tokens under every rule, beside aux_loss with the "
+        "literature's coefficient, a dense model of equal active parameters and one with two experts a token; or "
+        "measures how fast each rule evens out a skewed router.",
+        epilog="example: trimtab bench balance --seeds 3 --jobs 2 --out runs/bench-balance",
+    )
+    balance.add_argument(
+        "--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE",
+        help=f"among {', '.join(RULES)} (default: all)",
+    )  # fmt: skip
+    balance.add_argument(
+        "--also", nargs="*", choices=OTHERS, default=list(OTHERS),
+        help=f"trainings beside the rules, or nothing: {', '.join(OTHERS)} (default: all)",
+    )  # fmt: skip
+    balance.add_argument("--seeds", type=int, default=3, help="seeds of weights and data order (default: 3)")
+    balance.add_argument("--steps", type=int, default=600, help="optimizer steps of a training (default: 600)")
+    balance.add_argument("--jobs", type=int, default=1, help="trainings side by side, one thread each (default: 1)")
+    balance.add_argument("--data", type=Path, help="a packed dataset (default: passages of the Python library)")
+    balance.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the shared configuration; repeatable"
+    )
+    balance.add_argument("--search", action="store_true", help="try every rule's settings instead, under another seed")
+    balance.add_argument(
+        "--skew", action="store_true", help="updates that each rule needs from a skewed router instead"
+    )
+    balance.add_argument("--out", type=Path, default=Path("runs/bench-balance"), help="folder for all results")
+    balance.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    balance.set_defaults(run_command=_run_balance)
+
+
+def _run_balance(options: argparse.Namespace) -> int:
+    from launch.bench_balance import run
 
     return run(options)

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from cluster.context import EXIT_OK
-from launch.bench_peers import MappedPeer, OurStream, Peer, Shape, StreamingPeer, WebDatasetPeer
+from launch.bench_energon import EnergonPeer
+from launch.bench_peers import MAPPED, MappedPeer, OurStream, Peer, Shape, StreamingPeer, Tensors, WebDatasetPeer
 from launch.bench_record import Spread, machine, version, write_record
 
 _PACKAGES = ("torch", "numpy", "webdataset", "mosaicml-streaming", "megatron-energon", "google-crc32c")
-_AIMS = (("webdataset", 1.5), ("memory-mapped", 0.8), ("memory-mapped, tight", 0.8))
+_AIMS = (("webdataset", 1.5), *((name, 0.8) for name in MAPPED))
 _RESUME_AIM = 100.0
+_DTYPES = [torch.int64, torch.int64, torch.int64, torch.bool]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -82,13 +84,13 @@ def _peers(dataset: Path, folder: Path, shape: Shape) -> tuple[list[Peer], dict[
     peers: list[Peer] = [
         OurStream(dataset, shape, cold=True),
         OurStream(dataset, shape, cold=False),
-        MappedPeer(dataset, folder, shape, tight=False),
-        MappedPeer(dataset, folder, shape, tight=True),
+        *(MappedPeer(dataset, folder, shape, name) for name in MAPPED),
     ]
     absent = {}
     makers: dict[str, tuple[str, Callable[[], Peer]]] = {
         "webdataset": ("webdataset", lambda: WebDatasetPeer(dataset, shape)),
         "streaming": ("mosaicml-streaming", lambda: StreamingPeer(dataset, folder, shape)),
+        "energon": ("megatron-energon", lambda: EnergonPeer(dataset, folder, shape)),
     }
     for name, (package, make) in makers.items():
         if version(package) is None:
@@ -98,10 +100,6 @@ def _peers(dataset: Path, folder: Path, shape: Shape) -> tuple[list[Peer], dict[
             peers.append(make())
         except (ImportError, RuntimeError, OSError) as error:  # a broken installation says it in many ways
             absent[name] = f"installed, cannot be imported ({error})"
-    if version("megatron-energon") is None:
-        absent["energon"] = "not installed (pip install megatron-energon)"
-    else:
-        absent["energon"] = "installed, not run: it reads only folders that its own `energon prepare` made"
     return peers, absent
 
 
@@ -130,14 +128,22 @@ def _measure(peers: list[Peer], shape: Shape, repeats: int, resume_samples: int)
 
 
 def _rate(peer: Peer, shape: Shape) -> float:
-    """Targets per second of one pass; every micro-batch is checked for shape and dtype."""
+    """Targets per second of one pass; its first micro-batch is checked for shapes and dtypes."""
     n_tokens = 0
     started = time.perf_counter()
-    for tokens, targets in peer.micro_batches():
-        if tokens.shape[1] != shape.seq_len or targets.dtype != torch.int64 or tokens.dtype != torch.int64:
-            raise ValueError(f"{peer.name} gave {tuple(tokens.shape)} {tokens.dtype}")
-        n_tokens += targets.numel()
+    for micro in peer.micro_batches():
+        if n_tokens == 0:
+            _check(peer.name, micro, shape)
+        n_tokens += micro[1].numel()
     return n_tokens / (time.perf_counter() - started)
+
+
+def _check(name: str, micro: Tensors, shape: Shape) -> None:
+    expected = (shape.micro_batch, shape.seq_len)
+    if any(tuple(tensor.shape) != expected for tensor in micro):
+        raise ValueError(f"{name} gave {[tuple(tensor.shape) for tensor in micro]} instead of {expected}")
+    if [tensor.dtype for tensor in micro] != _DTYPES[: len(micro)]:
+        raise ValueError(f"{name} gave {[tensor.dtype for tensor in micro]}")
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
@@ -163,15 +169,15 @@ def render(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['megatokens']:g} million tokens, seq_len {facts['seq_len']}, micro-batches of {facts['micro_batch']}, "
         f"packing {facts['packing']}; {where['processor']}, {where['cores']} cores (load {where['load']}), one thread",
-        f"{'loader':<22}{'Mtokens/s':>10}{'least':>8}{'most':>8}{'resume s':>11}  note",
+        f"{'loader':<25}{'Mtokens/s':>10}{'least':>8}{'most':>8}{'resume s':>11}  note",
     ]
     for row in rows:
         rate, resume = row["tokens_per_second"], row["resume_seconds"]
         lines.append(
-            f"{row['loader']:<22}{rate.median / 1e6:>10.1f}{rate.least / 1e6:>8.1f}{rate.greatest / 1e6:>8.1f}"
+            f"{row['loader']:<25}{rate.median / 1e6:>10.1f}{rate.least / 1e6:>8.1f}{rate.greatest / 1e6:>8.1f}"
             f"{resume.median:>11.4f}  {row['note']}"
         )
-    lines += [f"{name:<22}{reason}" for name, reason in facts["absent"].items()]
+    lines += [f"{name:<25}{reason}" for name, reason in facts["absent"].items()]
     lines += facts["verdicts"]
     if "index" in facts:
         lines += [str(line) for line in facts["index"]["lines"]]

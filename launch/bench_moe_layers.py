@@ -149,7 +149,9 @@ def auto_ep(
     return Layer(layer, list(layer.parameters()))
 
 
-def auto_ep_loop(shape: LayerShape, weights: dict[str, Tensor], rank: int, ep_size: int, busiest: dict[str, int]) -> Layer:
+def auto_ep_loop(
+    shape: LayerShape, weights: dict[str, Tensor], rank: int, ep_size: int, busiest: dict[str, int]
+) -> Layer:
     """The same with `use_grouped_mm` false: a loop over experts."""
     return auto_ep(shape, weights, rank, ep_size, busiest, grouped=False)
 
@@ -170,9 +172,11 @@ class _Expert(nn.Module):
 def native_moe(
     shape: LayerShape, weights: dict[str, Tensor], rank: int, ep_size: int, busiest: dict[str, int]
 ) -> Layer:
-    """deepspeed.moe.layer.MoE: every expert padded to the busiest one's tokens. With one rank drop_tokens is False. With
-    several that fails for top-k above 2 (0.19.8: the ranks do not agree on the capacity), so the capacity is given,
-    the least that drops nothing, which a user would not know."""
+    """deepspeed.moe.layer.MoE: every expert padded to the busiest one's tokens.
+
+    With one rank drop_tokens is False. With several that fails for top-k above 2 (0.19.8: the ranks do not agree on
+    the capacity), so the capacity is given, the least that drops nothing, which a user would not know.
+    """
     from parallel.zero import prepare_deepspeed
 
     prepare_deepspeed("gloo", rank)

@@ -1,7 +1,8 @@
 """The loaders that `trimtab bench loader` runs: each gives micro-batches of the same shape from the same documents.
 
-Every loader gives, per micro-batch, (tokens, targets): (B, S) int64 torch tensors. Ours gives document ids and a mask
-besides, which the others do not have. Their data is written once, in their own format, before anything is timed.
+Every loader gives, per micro-batch, (tokens, targets): (B, S) int64 torch tensors. Ours and "mapped, same output" give
+(B, S) document ids (int64) and a loss mask (bool) besides, which the others do not have. Their data is written once, in
+their own format, before anything is timed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Shape:
     packing: str
 
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Tensors = tuple[torch.Tensor, ...]
 
 
 class Peer(Protocol):
@@ -48,7 +49,7 @@ class Peer(Protocol):
     def open(self) -> None:
         """Opens the data; not timed for throughput."""
 
-    def micro_batches(self) -> Iterator[Pair]:
+    def micro_batches(self) -> Iterator[Tensors]:
         """One pass over the data, again at each call."""
         ...
 
@@ -76,14 +77,14 @@ class OurStream:
         self._plan = Plan.of(self._dataset, self._config)
         self._stream = self._open_stream(self._dataset, self._plan)
 
-    def micro_batches(self) -> Iterator[Pair]:
+    def micro_batches(self) -> Iterator[Tensors]:
         if self._cold:
             self.close()
             self.open()
         steps = self._plan.epoch_steps(self._shape.batch).steps
         for step in range(self._epoch * steps, (self._epoch + 1) * steps):
             for micro in self._stream.read(step):
-                yield micro.tokens, micro.targets
+                yield micro[:4]
         self._epoch += 1
 
     def resume(self, n_samples: int) -> None:
@@ -99,6 +100,22 @@ class OurStream:
 
     def _open_stream(self, dataset: Dataset, plan: Plan) -> Stream:
         return Stream(dataset, plan, 0, 1, self._shape.batch, self._shape.micro_batch)
+
+
+def concatenate_and_split(documents: Iterator[np.ndarray], shape: Shape) -> Iterator[Tensors]:
+    """Micro-batches of documents (n,) one behind the other, cut every seq_len tokens."""
+    n, wanted = shape.seq_len, shape.micro_batch * shape.seq_len + 1
+    waiting: list[np.ndarray] = []
+    total = 0
+    for document in documents:
+        waiting.append(document)
+        total += len(document)
+        while total >= wanted:
+            joined = np.concatenate(waiting)
+            inputs = joined[: wanted - 1].reshape(-1, n).astype(np.int64)
+            targets = joined[1:wanted].reshape(-1, n).astype(np.int64)
+            yield torch.from_numpy(inputs), torch.from_numpy(targets)
+            waiting, total = [joined[wanted - 1 :]], total - wanted + 1
 
 
 class WebDatasetPeer:
@@ -118,15 +135,15 @@ class WebDatasetPeer:
 
         self._pipeline = webdataset.WebDataset(self._files, shardshuffle=100, seed=0).shuffle(1000, seed=0)
 
-    def micro_batches(self) -> Iterator[Pair]:
-        return self._packed(self._documents(iter(self._pipeline)))
+    def micro_batches(self) -> Iterator[Tensors]:
+        return concatenate_and_split(self._documents(iter(self._pipeline)), self._shape)
 
     def resume(self, n_samples: int) -> None:
         self.open()
         samples = iter(self._pipeline.repeat())
         for _ in itertools.islice(samples, n_samples):
             pass
-        next(self._packed(self._documents(samples)))
+        next(concatenate_and_split(self._documents(samples), self._shape))
 
     def close(self) -> None:
         del self._pipeline
@@ -135,36 +152,27 @@ class WebDatasetPeer:
         for sample in samples:
             yield np.frombuffer(sample["tok"], self._dtype)
 
-    def _packed(self, documents: Iterator[np.ndarray]) -> Iterator[Pair]:
-        n, wanted = self._shape.seq_len, self._shape.micro_batch * self._shape.seq_len + 1
-        waiting: list[np.ndarray] = []
-        total = 0
-        for document in documents:
-            waiting.append(document)
-            total += len(document)
-            while total >= wanted:
-                joined = np.concatenate(waiting)
-                inputs = joined[: wanted - 1].reshape(-1, n).astype(np.int64)
-                targets = joined[1:wanted].reshape(-1, n).astype(np.int64)
-                yield torch.from_numpy(inputs), torch.from_numpy(targets)
-                waiting, total = [joined[wanted - 1 :]], total - wanted + 1
+
+MAPPED = {
+    "mapped, same output": "one buffer; document ids from the end tokens, and a loss mask, as with us",
+    "mapped, tokens": "tokens and targets only: one buffer, widened at once",
+    "mapped, tokens, stacked": "tokens and targets only: a tensor a sequence, then torch.stack (nanoGPT's get_batch)",
+}
 
 
 class MappedPeer:
-    """Raw tokens in one memory-mapped file, sequences in a shuffled order; documents stay in their stored order."""
+    """All tokens in one memory-mapped file, sequences in a shuffled order; documents stay in their stored order.
+
+    `name` is one of MAPPED.
+    """
 
     package = "numpy"
 
-    def __init__(self, path: Path, folder: Path, shape: Shape, *, tight: bool) -> None:
-        self.name = "memory-mapped, tight" if tight else "memory-mapped"
-        self.note = (
-            "rows copied as uint16 into one buffer, widened at once"
-            if tight
-            else "one tensor a sequence, then torch.stack (nanoGPT's get_batch)"
-        )
-        self._file, self._shape, self._tight = folder / "tokens.bin", shape, tight
+    def __init__(self, path: Path, folder: Path, shape: Shape, name: str) -> None:
+        self.name, self.note = name, MAPPED[name]
+        self._file, self._shape = folder / "tokens.bin", shape
         with open_dataset(path) as dataset:
-            self._dtype = np.dtype(dataset.manifest.dtype)
+            self._dtype, self._eod_id = np.dtype(dataset.manifest.dtype), dataset.manifest.eod_id
             if not self._file.exists():
                 with self._file.open("wb") as file:
                     for shard, info in enumerate(dataset.manifest.train.shards):
@@ -173,11 +181,12 @@ class MappedPeer:
 
     def open(self) -> None:
         self._tokens = np.memmap(self._file, self._dtype, "r")
+        self._plain = np.asarray(self._tokens)  # slices of it are several times faster
         self._order = np.random.default_rng(0).permutation((len(self._tokens) - 1) // self._shape.seq_len)
 
-    def micro_batches(self) -> Iterator[Pair]:
+    def micro_batches(self) -> Iterator[Tensors]:
         size = self._shape.micro_batch
-        read = self._read_tight if self._tight else self._read
+        read = {"mapped, same output": self._read_all, "mapped, tokens": self._read_tokens}.get(self.name, self._stack)
         for start in range(0, len(self._order) - size + 1, size):
             yield read(self._order[start : start + size].tolist())
 
@@ -186,21 +195,33 @@ class MappedPeer:
         next(self.micro_batches())
 
     def close(self) -> None:
-        del self._tokens
+        del self._tokens, self._plain
         gc.collect()
 
-    def _read(self, ids: list[int]) -> Pair:
+    def _stack(self, ids: list[int]) -> Tensors:
         n = self._shape.seq_len
         inputs = [torch.from_numpy(self._tokens[i * n : (i + 1) * n].astype(np.int64)) for i in ids]
         targets = [torch.from_numpy(self._tokens[i * n + 1 : (i + 1) * n + 1].astype(np.int64)) for i in ids]
         return torch.stack(inputs), torch.stack(targets)
 
-    def _read_tight(self, ids: list[int]) -> Pair:
+    def _read_rows(self, ids: list[int]) -> np.ndarray:
         n = self._shape.seq_len
         rows = np.empty((len(ids), n + 1), self._dtype)
         for row, i in enumerate(ids):
-            rows[row] = self._tokens[i * n : (i + 1) * n + 1]
+            rows[row] = self._plain[i * n : (i + 1) * n + 1]
+        return rows
+
+    def _read_tokens(self, ids: list[int]) -> Tensors:
+        rows = self._read_rows(ids)
         return torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(rows[:, 1:].astype(np.int64))
+
+    def _read_all(self, ids: list[int]) -> Tensors:
+        rows = self._read_rows(ids)
+        doc_ids = np.zeros((len(ids), self._shape.seq_len), np.int64)
+        np.cumsum(rows[:, 1:-1] == self._eod_id, axis=1, out=doc_ids[:, 1:])
+        mask = np.ones(doc_ids.shape, bool)
+        tokens, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        return tuple(map(torch.from_numpy, (tokens, targets, doc_ids, mask)))
 
 
 class StreamingPeer:
@@ -230,7 +251,7 @@ class StreamingPeer:
         size = self._shape.micro_batch
         self._dataset = StreamingDataset(local=str(self._folder), batch_size=size, shuffle=True, shuffle_seed=0)
 
-    def micro_batches(self) -> Iterator[Pair]:
+    def micro_batches(self) -> Iterator[Tensors]:
         samples = iter(self._dataset)
         while group := list(itertools.islice(samples, self._shape.micro_batch)):
             rows = np.stack([np.frombuffer(sample["tokens"], self._dtype) for sample in group])

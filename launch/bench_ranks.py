@@ -109,7 +109,9 @@ def _main(function: str, folder: Path, rank: int, n_ranks: int) -> None:
     keep_freed_memory()  # the same for whoever is measured
     module, _, name = function.partition(":")
     join_process_group(f"file://{folder}/rendezvous", rank, n_ranks, "gloo", 600, None)
-    result = getattr(importlib.import_module(module), name)(json.loads((folder / "job.json").read_text()), rank, n_ranks)
+    result = getattr(importlib.import_module(module), name)(
+        json.loads((folder / "job.json").read_text()), rank, n_ranks
+    )
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
     torch.distributed.barrier()
 
@@ -117,7 +119,7 @@ def _main(function: str, folder: Path, rank: int, n_ranks: int) -> None:
 if __name__ == "__main__":
     try:
         _main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  said in full, and the rank's exit status tells the parent
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)

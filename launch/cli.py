@@ -7,11 +7,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
 from data.errors import DataError
+from data.weighted import resolved
 from launch.config import LAUNCHERS, ConfigError, dump, preset_names, read
 
 
@@ -122,6 +124,7 @@ def _train(options: Any) -> int:
     if options.print_config:
         problems: list[str] = []
         config = read(options.config, options.assignments, problems)
+        config = replace(config, data=resolved(config.data))
         problems += config.problems()
         if problems:
             raise ConfigError(problems)

@@ -228,6 +228,11 @@ def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list
             f"data.seq_len = {data.seq_len} is longer than model.max_position_embeddings = "
             f"{model.max_position_embeddings}; raise the latter or shorten the sequences"
         )
+    if config.balance.moves_bias and not model.uses_bias:
+        found.append(
+            f'balance.rule = "{config.balance.rule}" moves a bias that model.topk_method = "{model.topk_method}" '
+            'does not read; use balance.rule = "aux_loss" or "none", or topk_method = "noaux_tc"'
+        )
     if train.precision == "bf16" and parallel.zero_stage == 0 and launcher != "debug":
         found.append(
             'train.precision = "bf16" needs fp32 master weights, which parallel.zero_stage = 0 does not keep; '

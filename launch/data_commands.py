@@ -22,7 +22,11 @@ def add_data_commands(commands: Any) -> None:
         description="Makes an indexed WebDataset of tokens from folders, text, JSONL or Parquet files, or `python`.",
         epilog="example: trimtab data pack ~/notes --out datasets/notes --tokenizer bpe:8192",
     )
-    pack.add_argument("sources", nargs="+", metavar="SOURCE", help="a folder, a file, or the built-in corpus `python`")
+    pack.add_argument("sources", nargs="*", metavar="SOURCE", help="a folder, a file, or the built-in corpus `python`")
+    pack.add_argument(
+        "--source", action="append", default=[], metavar="NAME=PATH[@WEIGHT]", dest="weighted",
+        help="instead of SOURCE, several times: a source of its own name and weight (default: 1) in training",
+    )  # fmt: skip
     pack.add_argument("--out", required=True, type=Path, help="the dataset's folder")
     pack.add_argument(
         "--tokenizer", default="bpe:4096", help="bytes, bpe:N, deepseek or a tokenizer.json (default: bpe:4096)"
@@ -62,15 +66,9 @@ def progress_line(phase: str, done: int, total: int) -> None:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    from data.pack import pack
-
     encoding = _mpi_encoding()
     try:
-        packed = pack(
-            options.sources, options.out, tokenizer=options.tokenizer, shard_mb=options.shard_mb,
-            heldout=options.heldout, licence=options.licence, overwrite=options.overwrite, workers=options.workers,
-            encoding=encoding, progress=progress_line if encoding is None or encoding.writes else None,
-        )  # fmt: skip
+        packed, figures = _packed(options, encoding)
     except BaseException as error:
         if encoding is not None:
             print(f"trimtab: {error}", file=sys.stderr, flush=True)
@@ -82,17 +80,39 @@ def _pack(options: argparse.Namespace) -> int:
         sys.stderr.write("\n")
     print(packed)
     if options.json:
-        train = packed.manifest.train
-        print(
-            json.dumps(
-                {
-                    "path": str(packed.path), "reused": packed.reused, "documents": train.n_documents,
-                    "tokens": train.n_tokens, "vocab_size": packed.manifest.vocab_size,
-                    "fingerprint": packed.manifest.fingerprint, "seconds": packed.seconds,
-                }
-            )
-        )  # fmt: skip
+        print(json.dumps({"path": str(packed.path), "reused": packed.reused, "seconds": packed.seconds, **figures}))
     return EXIT_OK
+
+
+def _packed(options: argparse.Namespace, encoding: Any) -> tuple[Any, dict[str, Any]]:
+    """What packing gave, and the figures of it for --json."""
+    from dataclasses import asdict
+
+    from data.pack import pack, pack_weighted
+    from data.packing import Settings
+    from data.weighted import WeightedSource
+
+    progress = progress_line if encoding is None or encoding.writes else None
+    if options.weighted:
+        if options.sources:
+            raise DataError("SOURCE and --source exclude each other; give every source as --source NAME=PATH[@WEIGHT]")
+        settings = Settings(
+            tokenizer=options.tokenizer, shard_mb=options.shard_mb, heldout=options.heldout, workers=options.workers,
+            encoding=encoding, progress=progress,
+        )  # fmt: skip
+        sources = [WeightedSource.parse(text) for text in options.weighted]
+        mixed = pack_weighted(sources, options.out, settings, licence=options.licence, overwrite=options.overwrite)
+        return mixed, {"fingerprint": mixed.mixture.fingerprint, **asdict(mixed.mixture)}
+    packed = pack(
+        options.sources, options.out, tokenizer=options.tokenizer, shard_mb=options.shard_mb,
+        heldout=options.heldout, licence=options.licence, overwrite=options.overwrite, workers=options.workers,
+        encoding=encoding, progress=progress,
+    )  # fmt: skip
+    manifest = packed.manifest
+    return packed, {
+        "documents": manifest.train.n_documents, "tokens": manifest.train.n_tokens, "vocab_size": manifest.vocab_size,
+        "fingerprint": manifest.fingerprint,
+    }  # fmt: skip
 
 
 def _mpi_encoding() -> Any:

@@ -14,6 +14,7 @@ from launch.runfolder import RunFolder
 from launch.session import bias_buffers, checkpoint_root
 from model.exchange import LocalExchange
 from model.naming import pieces
+from model.slots import local_experts
 from model.transformer import Transformer
 from parallel.checkpoint import CheckpointError, CheckpointReader, Saved, committed, damaged_files, open_checkpoint
 
@@ -71,10 +72,11 @@ def load_run(folder: Path, device: torch.device | None = None) -> LoadedRun:
     config = from_tables(saved.manifest["config"])
     model = Transformer(config.model, LocalExchange())
     reader = CheckpointReader(saved)
+    experts = local_experts(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             flat = parameter.view(-1)
-            for piece in pieces(name, tuple(parameter.shape), 0):
+            for piece in pieces(name, tuple(parameter.shape), experts.get(name, ())):
                 values = reader.read(piece.logical_name, "weight", 0, piece.numel)
                 flat[piece.start : piece.start + piece.numel] = values
         for name, bias in bias_buffers(config, model).items():

@@ -14,17 +14,20 @@ from model.transformer import ModelOutput
 
 @dataclass(frozen=True)
 class Weights:
-    """mtp: weight of the mean over depths. sequence_balance: coefficient of the sequence-wise balance loss."""
+    """mtp: weight of the mean over depths. sequence_balance, batch_balance: coefficients of the sequence-wise balance
+    loss and of the one over the global batch."""
 
     mtp: float
     sequence_balance: float
+    batch_balance: float = 0.0
 
 
 @dataclass(frozen=True)
 class Losses:
     """total: this rank's and micro-step's share of the global loss; all ranks' and micro-steps' shares add up to it.
 
-    sums: (1 + depths + 1,) fp64 without gradient: loss sums by depth, then the sequence-wise balance sum.
+    sums: (1 + depths + 2,) fp64 without gradient: loss sums by depth, then the sequence-wise balance sum, then this
+        share of the global batch's balance loss (zero where it was not asked for).
     """
 
     total: Tensor
@@ -50,10 +53,34 @@ def target_counts(loss_masks: Sequence[Tensor], depths: int) -> Tensor:
     return torch.tensor(per_batch, dtype=torch.int64).sum(0)
 
 
+def batch_balance(score_sums: Tensor, expert_counts: Tensor, top_k: int) -> Tensor:
+    """One micro-batch's share of the balance loss over the global batch, summed over layers; 1 a layer when even.
+
+    A layer's loss is E * sum_i f_i P_i, f_i the share of all choices that fell on expert i, P_i the mean normalised
+    score. f has no gradient, so the loss is linear in P: the shares of ranks and micro-batches add up to it exactly.
+
+    Args:
+        score_sums: (M, E) fp32, with gradient: normalised scores summed over the micro-batch's tokens.
+        expert_counts: (M, E) int64, choices of the whole global batch.
+
+    Source: Fedus et al. 2021, Switch Transformers (arXiv 2101.03961), equations 4-6, for top-k and with f over the
+    global batch as in Qiu et al. 2025 (arXiv 2501.11873).
+    """
+    counts = expert_counts.to(score_sums.device).double()
+    choices = counts.sum(-1, keepdim=True).clamp_min(1.0)  # (M, 1): K T
+    weights = counts * (counts.shape[-1] * top_k) / choices.square()  # (M, E): E f_i / T
+    return (weights.float() * score_sums).sum()
+
+
 def compute_losses(
-    output: ModelOutput, loss_mask: Tensor, global_counts: list[int], n_sequences: int, weights: Weights
+    output: ModelOutput,
+    loss_mask: Tensor,
+    global_counts: list[int],
+    n_sequences: int,
+    weights: Weights,
+    balance_loss: Tensor | None = None,
 ) -> Losses:
-    """Combines main, multi-token-prediction and sequence-balance losses.
+    """Combines main, multi-token-prediction and balance losses.
 
     Args:
         output: of one micro-batch, with token losses.
@@ -61,6 +88,7 @@ def compute_losses(
         global_counts: targets by depth over the whole global batch.
         n_sequences: sequences in the global batch.
         weights: see `Weights`.
+        balance_loss: this micro-batch's `batch_balance`, where wanted.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 17-20 (sequence balance) and 24-25 (multi-token prediction).
     """
@@ -74,4 +102,7 @@ def compute_losses(
     balance = output.routing.sequence_balance
     if weights.sequence_balance > 0:
         total = total + balance * (weights.sequence_balance / n_sequences)
-    return Losses(total, torch.stack([*(one.detach().double() for one in sums), balance.detach().double()]))
+    if balance_loss is not None:
+        total = total + balance_loss * weights.batch_balance
+    sums += [balance, balance.new_zeros(()) if balance_loss is None else balance_loss]
+    return Losses(total, torch.stack([one.detach().double() for one in sums]))

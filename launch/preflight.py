@@ -9,6 +9,7 @@ from pathlib import Path
 from data.dataset import Description, describe
 from data.errors import DataError
 from data.pack import builtin_at, pack_builtin
+from data.weighted import resolved
 from launch import runfolder
 from launch.config import Config, ConfigError, Launcher, for_debug, layout_problems, read, world_size_for
 from launch.resume import refused_changes, saved_config
@@ -60,8 +61,14 @@ def check(
     """
     problems: list[str] = []
     config = read(source, assignments, problems)
+    try:
+        config = replace(config, data=resolved(config.data))
+        unreadable = ""
+    except DataError as error:  # said once; the configuration is still checked
+        unreadable = str(error)
+        problems.append(unreadable)
     problems += config.problems()
-    notes = []
+    notes: list[str] = []
     if launcher == "debug":
         adapted = for_debug(config)
         if adapted is not config:
@@ -77,7 +84,7 @@ def check(
     problems += layout_problems(config, launcher, world_size)
     if local_cluster:
         problems += local_capacity_problems(config)
-    builtin, data = _check_data(config, problems, notes)
+    builtin, data = _check_data(config, problems, notes) if not unreadable else ("", None)
     if data is not None:
         notes.append(_reusing(data))
     folder = Path(run or Path("runs") / Path(source).stem).absolute()

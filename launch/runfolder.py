@@ -10,7 +10,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,8 @@ class RunFolder:
     """The names of everything in a run's folder, and the writers of its record files.
 
     Making the object touches nothing on disk; ``create`` does. Attributes ``config, metrics_path, events_path,
-    ledger_path, tensorboard, checkpoints, logs, report`` are paths, ``metrics, events, ledger`` the append-only files.
+    ledger_path, tensorboard, checkpoints, logs, report, coactivation`` are paths, ``metrics, events, ledger`` the
+    append-only files.
     """
 
     def __init__(self, path: str | Path):
@@ -178,6 +179,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.report = self.path / "report.md"
+        self.coactivation = self.path / "coactivation.json"
         self.metrics = JsonLines(self.metrics_path)
         self.events = JsonLines(self.events_path)
         self.ledger = JsonLines(self.ledger_path)
@@ -214,6 +216,17 @@ class RunFolder:
         record = {"time": utc_now(), "seconds": seconds, "kind": kind, "cause": cause, **fields}
         self.events.append(record)
         return record
+
+    def write_coactivation(self, step: int, layer_names: Sequence[str], pairs: Any) -> None:
+        """Replaces coactivation.json, as a whole: the newest step's counts of experts that were chosen together.
+
+        Args:
+            pairs: (M, E, E) int64, one table for each of the M layer names.
+        """
+        record = {"step": step, "layers": list(layer_names), "pairs": pairs}
+        unfinished = self.path / f".coactivation.json.{os.getpid()}"
+        unfinished.write_text(finite_json(record) + "\n", encoding="utf-8")
+        unfinished.replace(self.coactivation)
 
     def rewind(self, step: int, *, cause: str) -> int:
         """Marks that the run goes on from ``step`` completed optimizer steps: later records so far no longer count.

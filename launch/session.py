@@ -14,9 +14,12 @@ from torch import Tensor
 
 from data.foreign import ForeignStream
 from data.stream import Stream
+from launch import balance_stats
+from launch.alarms import Alarm, Alarms, actions
 from launch.config import Config
 from launch.feed import Feed, open_feed
 from launch.guard import Guard
+from launch.rebalance import Rebalancer
 from launch.runfolder import RunFolder
 from launch.telemetry import Telemetry
 from model.init import init_weights
@@ -44,6 +47,8 @@ class Session:
     feed: Feed
     telemetry: Telemetry
     guard: Guard
+    alarms: Alarms
+    placement: Rebalancer
     stop: threading.Event
     tokens: int = 0
     masked: int = 0  # sequences masked because a sample was damaged, all ranks
@@ -58,8 +63,16 @@ class Session:
         """Where checkpoints of this run go."""
         return checkpoint_root(self.config, self.run)
 
-    def save(self, step: int, cause: str) -> None:
-        """Writes and publishes a checkpoint after `step` steps, then forgets those beyond `checkpoint.keep`."""
+    def save(self, step: int, cause: str, last: bool = False) -> None:
+        """Writes and publishes a checkpoint after `step` steps, then forgets those beyond `checkpoint.keep`.
+
+        Experts whose loads ask for it go to other ranks, unless this is the last that the run does.
+
+        Raises:
+            BiasMismatchError: ranks hold different biases. Rank 0's is what is saved: a resume would hide it.
+        """
+        self.balancer.check()
+        table = self.placement.decide()
         random_states = self.ranks.dp.gather(_random_state(self.device))
         extra = {
             "optimizer_steps": self.engine.optimizer_steps,
@@ -72,14 +85,30 @@ class Session:
                 "zero_stage": self.config.parallel.zero_stage,
             },
             "random_states": random_states,
+            "balancer": self.balancer.state(),
+            "alarms": self.alarms.state(),
             "config": asdict(self.config),
+            **self.placement.manifest(table),
         }
-        path = checkpoint.save(
-            self.checkpoints, step, self.engine, self.biases, extra, self.ranks.dp, self.ranks.layout.ep_rank
-        )
+        path = checkpoint.save(self.checkpoints, step, self.engine, self.biases, extra, self.ranks.dp)
+        self.telemetry.event("save", cause=cause, step=step, path=str(path))
+        if not last:
+            self.placement.move(table, path, step)
         if self.ranks.dp.rank == 0:
             checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
-        self.telemetry.event("save", cause=cause, step=step, path=str(path))
+
+    def judge_balance(self, step: int, counts: Tensor) -> list[Alarm]:
+        """Judges a kept step's loads (M, E), writes its alarms, and raises the rate where one asks for it.
+
+        Returns:
+            the alarms, the same on every rank; what else they ask for is the train loop's.
+        """
+        loads = balance_stats.rank_loads(counts, self.ranks.layout.ep_size, self.placement.table)
+        found = self.alarms.judge(step, counts, loads)
+        self.telemetry.alarms(found)
+        if "raise_rate" in actions(found):
+            self.balancer.raise_rate(self.engine.optimizer_steps)
+        return found
 
     def resume(self, mode: str, accepted: list[str]) -> int:
         """Loads the newest readable checkpoint and returns its step; 0 when there is none and `mode` allows that.
@@ -98,7 +127,8 @@ class Session:
         for path in reversed(found):
             try:
                 saved = checkpoint.open_checkpoint(path)
-                manifest = checkpoint.load(saved, self.engine, self.biases, self.ranks.dp, self.ranks.layout.ep_rank)
+                self.placement.start(saved.manifest)
+                manifest = checkpoint.load(saved, self.engine, self.biases, self.ranks.dp)
             except checkpoint.CheckpointError as error:
                 if mode == "must":
                     raise
@@ -108,6 +138,8 @@ class Session:
             if not any(key.startswith("data.") or key == "train.global_batch_size" for key in accepted):
                 self.stream.check_cursor(manifest["cursor"])
             self.tokens = manifest["tokens"]
+            self.balancer.load_state(manifest.get("balancer", {}))
+            self.alarms.load_state(manifest.get("alarms", {}))
             _restore_random_state(manifest["random_states"], self.ranks.dp.rank, self.ranks.dp.size, self.device)
             self.telemetry.rewind(saved.step, cause=f"resume from {path.name}")
             return saved.step
@@ -172,7 +204,12 @@ def assemble(
         heatmap_every=config.telemetry.heatmap_every_steps,
     )
     balancer = Balancer(list(biases.values()), config.balance, ranks.dp)
-    return Session(config, run, ranks, device, model, engine, balancer, biases, feed, telemetry, Guard(), stop)
+    names = balance_stats.layer_names(asdict(config), len(biases))
+    alarms = Alarms(config.balance, names, config.model.n_routed_experts)
+    placement = Rebalancer(config.balance, model, engine, ranks, telemetry)
+    return Session(
+        config, run, ranks, device, model, engine, balancer, biases, feed, telemetry, Guard(), alarms, placement, stop
+    )
 
 
 def build_engine(

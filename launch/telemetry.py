@@ -3,129 +3,24 @@
 Used by rank 0 alone; the same calls on another rank (``main=False``) do nothing.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from launch import balance_stats
+from launch.alarms import Alarm
+from launch.charts import FLOOR_LINE, chart_layout, floor_tags, scalar_tags, tag_part
 from launch.console import Console, Mode
-from launch.runfolder import RunFolder, utc_now
+from launch.runfolder import RunFolder
+from launch.step_record import StepRecord, derive
 from launch.tensorboard import TensorBoard
 
-if TYPE_CHECKING:
-    import torch
-
-CONTRACT_KEYS = (
-    "step", "tokens", "loss", "grad_norm", "lr", "step_seconds", "tokens_per_second", "mfu", "memory_gib",
-    "data_wait_seconds", "all_to_all_seconds", "max_vio", "max_vio_rank", "dead_experts", "bias_abs_max", "world_size",
-)  # fmt: skip
 # Up to so many experts in all layers together, every record holds each expert's load and bias (about 20 bytes each);
 # larger models (58 x 256 would be 300 kB a step) have them in every ``loads_every``-th record.
 LOADS_EVERY_STEP_LIMIT = 2048
-GROUP_OF_KEY = {  # the headings under which TensorBoard shows the figures
-    "loss": "train", "mtp_loss": "train", "sequence_balance": "train", "grad_norm": "train", "lr": "train",
-    "step_seconds": "speed", "tokens_per_second": "speed", "mfu": "speed", "data_wait_seconds": "speed",
-    "all_to_all_seconds": "speed", "exposed_all_to_all_seconds": "speed", "memory_gib": "memory",
-    "max_vio": "balance", "max_vio_rank": "balance", "max_vio_floor": "balance",
-    "dead_experts": "balance", "bias_abs_max": "balance",
-    "changed_by_bias_share": "balance", "tokens": "progress", "epoch": "progress", "world_size": "progress",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one completed optimizer step measured; figures of the global batch, times of rank 0 unless said otherwise.
-
-    step: completed optimizer steps, 1 after the first.
-    tokens: trained on so far, over all ranks and all starts of the run.
-    loss, mtp_loss: mean cross-entropy a token in nats; mtp_loss None without multi-token prediction.
-    sequence_balance: the sequence-wise balance loss before its coefficient; None without MoE layers.
-    grad_norm: the true global norm before clipping.
-    mfu: fraction of the hardware's peak, None where the peak is not known.
-    all_to_all_seconds: from each transfer's start until it was taken, added up; exposed_all_to_all_seconds: of these
-        the time that nothing else was done, None where not measured.
-    memory_gib: the largest so far, of whatever the accelerator (or this process on a CPU) holds.
-    tokens_per_expert: (n_layers, E) int64, routed choices of the global batch; (0, 0) for a dense model.
-    expert_bias: (n_layers, E) fp32, the bias that the step's balancer left behind; None for rules without one.
-    changed_by_bias: (n_layers,) int64, choices that differ from those without bias; None where not counted.
-    extra: further figures under names of their own, for metrics.jsonl; numbers also go to TensorBoard.
-    """
-
-    step: int
-    tokens: int
-    loss: float
-    grad_norm: float
-    lr: float
-    step_seconds: float
-    tokens_per_second: float
-    memory_gib: float
-    data_wait_seconds: float
-    all_to_all_seconds: float
-    world_size: int
-    ep_size: int
-    tokens_per_expert: "torch.Tensor | np.ndarray"
-    expert_bias: "torch.Tensor | np.ndarray | None" = None
-    changed_by_bias: "torch.Tensor | np.ndarray | None" = None
-    mfu: float | None = None
-    mtp_loss: float | None = None
-    sequence_balance: float | None = None
-    exposed_all_to_all_seconds: float | None = None
-    epoch: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-def derive(record: StepRecord, with_loads: bool = True) -> dict[str, Any]:
-    """The step's object for metrics.jsonl: the contract's keys, and what else the report draws from.
-
-    Figures that do not exist for this model are None (max_vio of a dense one); those that went wrong stay NaN or inf.
-
-    Raises: ValueError for counts of a wrong shape, or an ``extra`` that would overwrite a figure.
-    """
-    counts = balance_stats.as_array(record.tokens_per_expert)
-    per_layer = balance_stats.max_vio_per_layer(counts)
-    dense = counts.size == 0
-    rows = int(counts.sum())
-    bias = None if record.expert_bias is None else balance_stats.as_array(record.expert_bias)
-    changed = None if record.changed_by_bias is None else int(balance_stats.as_array(record.changed_by_bias).sum())
-    figures: dict[str, Any] = {
-        "step": int(record.step),
-        "time": utc_now(),
-        "epoch": int(record.epoch),
-        "tokens": int(record.tokens),
-        "loss": float(record.loss),
-        "mtp_loss": _float(record.mtp_loss),
-        "sequence_balance": _float(record.sequence_balance),
-        "grad_norm": float(record.grad_norm),
-        "lr": float(record.lr),
-        "step_seconds": _rounded(record.step_seconds),
-        "tokens_per_second": _rounded(record.tokens_per_second),
-        "mfu": _float(record.mfu),
-        "memory_gib": _rounded(record.memory_gib),
-        "data_wait_seconds": _rounded(record.data_wait_seconds),
-        "all_to_all_seconds": _rounded(record.all_to_all_seconds),
-        "exposed_all_to_all_seconds": (
-            None if record.exposed_all_to_all_seconds is None else _rounded(record.exposed_all_to_all_seconds)
-        ),
-        "world_size": int(record.world_size),
-        "ep_size": int(record.ep_size),
-        "max_vio": None if dense else _rounded(balance_stats.max_vio(counts)),
-        "max_vio_rank": None if dense else _rounded(balance_stats.max_vio_rank(counts, record.ep_size)),
-        "max_vio_floor": None if dense else _rounded(balance_stats.max_vio_floor(counts)),
-        "max_vio_per_layer": np.round(per_layer, 6).tolist(),
-        "dead_experts": int(balance_stats.dead_experts(counts).sum()),
-        "bias_abs_max": 0.0 if bias is None or bias.size == 0 else float(np.abs(bias).max()),
-        "changed_by_bias_share": changed / rows if changed is not None and rows else None,
-    }
-    if with_loads and not dense:
-        figures["tokens_per_expert"] = counts.tolist()
-        figures["expert_bias"] = None if bias is None else _shortest(bias)
-    taken = sorted(figures.keys() & record.extra.keys())
-    if taken:
-        raise ValueError(f"StepRecord.extra would overwrite {', '.join(taken)}; give these figures other names")
-    return {**figures, **record.extra}
+LAYERS_WITH_IMAGES = 8  # of large models, evenly spread over the depth
+ALARM_LINES = 5  # of one step's alarms that the console shows; all are in events.jsonl
 
 
 class Telemetry:
@@ -188,8 +83,13 @@ class Telemetry:
         figures = derive(record, with_loads=first or record.step % every == 0)
         self.run.metrics.append(figures)
         self.console.step(figures)
+        if record.coactivation is not None and counts.size:
+            self._show_pairs(record.step, balance_stats.as_array(record.coactivation), self._layer_names)
         if self.tensorboard.available:
+            if first and counts.size:
+                self.tensorboard.layout(chart_layout())
             self.tensorboard.scalars(record.step, scalar_tags(figures, self._layer_names))
+            self.tensorboard.scalars(record.step, floor_tags(counts, self._layer_names), line=FLOOR_LINE)
             if counts.size and (first or record.step % self._heatmap_every == 0):
                 self._draw(record, counts)
 
@@ -197,6 +97,19 @@ class Telemetry:
         """Writes one event to events.jsonl, and a line of it to the console; see ``RunFolder.event``."""
         if self.main:
             self.console.note(event_line(self.run.event(kind, cause=cause, **fields)))
+
+    def alarms(self, alarms: Sequence[Alarm]) -> None:
+        """Writes each alarm of one step, or end of one, as an event; the console shows the first few."""
+        if not self.main:
+            return
+        for number, alarm in enumerate(alarms):
+            event = self.run.event("alarm", **alarm.fields())
+            if number < ALARM_LINES:
+                self.console.note(event_line(event))
+        if len(alarms) > ALARM_LINES:
+            self.console.note(
+                f"and {len(alarms) - ALARM_LINES} more alarms at this step, all in {self.run.events_path}"
+            )
 
     def evaluation(self, step: int, figures: Mapping[str, float], *, cause: str) -> None:
         """Writes figures of an evaluation after ``step`` as an event and under TensorBoard's ``evaluation`` heading."""
@@ -219,8 +132,17 @@ class Telemetry:
             self.tensorboard.close()
             self.run.close()
 
+    def _show_pairs(self, step: int, pairs: np.ndarray, layer_names: Sequence[str]) -> None:
+        """Which experts are chosen together, (M, E, E) int64: coactivation.json, and images in TensorBoard."""
+        from launch.heatmap import pairs_image, spread
+
+        self.run.write_coactivation(step, layer_names, pairs)
+        if self.tensorboard.available:
+            for layer in spread(len(pairs), LAYERS_WITH_IMAGES):
+                self.tensorboard.image(step, f"coactivation/{tag_part(layer_names[layer])}", pairs_image(pairs[layer]))
+
     def _draw(self, record: StepRecord, counts: np.ndarray) -> None:
-        from launch.plots import load_image
+        from launch.heatmap import load_image
 
         self.tensorboard.image(record.step, "balance/load_heat_map", load_image(counts, self._layer_names))
         if record.expert_bias is not None:
@@ -228,20 +150,11 @@ class Telemetry:
             self.tensorboard.histogram(record.step, "balance/expert_bias", bias)
 
 
-def scalar_tags(figures: Mapping[str, Any], layer_names: list[str]) -> dict[str, float]:
-    """One step's object as TensorBoard tags: the last part of each is the key of metrics.jsonl, before it a heading."""
-    tags = {}
-    for key, value in figures.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "ep_size"):
-            tags[f"{GROUP_OF_KEY.get(key, 'extra')}/{key}"] = float(value)
-    for name, value in zip(layer_names, figures["max_vio_per_layer"], strict=True):
-        tags[f"balance_by_layer/max_vio/{name.replace(' ', '_')}"] = value
-    return tags
-
-
 def event_line(event: Mapping[str, Any]) -> str:
     """An event as one line for people: ``save at step 100: every 100 steps (seconds_taken 0.4)``."""
-    known = ("time", "seconds", "kind", "cause", "step")
+    known: tuple[str, ...] = ("time", "seconds", "kind", "cause", "step")
+    if event["kind"] == "alarm":  # the cause says all of it
+        known = tuple(event)
     rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value is not None)
     at = f" at step {event['step']}" if "step" in event else ""
     return f"{event['kind']}{at}: {event['cause']}{f' ({rest})' if rest else ''}"
@@ -262,18 +175,3 @@ def dotted(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _float(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _rounded(value: Any) -> float:
-    """Six significant digits: timings and ratios carry no more, and the lines stay short."""
-    number = float(value)
-    return float(f"{number:.6g}") if math.isfinite(number) else number
-
-
-def _shortest(bias: np.ndarray) -> list[list[float]]:
-    """fp32 values as the shortest decimals that read back to the same fp32: 0.003, not 0.003000000026077032."""
-    return [[float(text) for text in row] for row in bias.astype(np.float32).astype(str)]

@@ -8,7 +8,7 @@ package the writer says so once and does nothing, as the debug mode needs torch 
 import struct
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class TensorBoard:
         self.log_dir = Path(log_dir)
         self._say = say
         self._writer: Any = None
+        self._lines: dict[str, Any] = {}  # writers of further lines in the same charts
+        self._purged: int | None = None
         if not open_file:
             return
         try:
@@ -59,7 +61,8 @@ class TensorBoard:
             say(f"no TensorBoard figures: {missing} (pip install tensorboard); metrics.jsonl holds the same figures")
             return
         self._event, self._summary, self._tensor = event_pb2, summary_pb2, tensor_pb2
-        self._attempt(lambda: self._open(EventFileWriter, flush_s))
+        self._open = lambda folder: EventFileWriter(str(folder), flush_secs=flush_s)
+        self._attempt(self._open_main)
 
     @property
     def available(self) -> bool:
@@ -68,15 +71,40 @@ class TensorBoard:
 
     def purge(self, step: int) -> None:
         """Tells TensorBoard to forget what earlier files hold of ``step`` and later (a resume or roll-back)."""
+        self._purged = step
         if self._writer is not None:
-            log = self._event.SessionLog(status=self._event.SessionLog.START)
-            self._add(self._event.Event(wall_time=time.time(), step=step, session_log=log))
+            for writer in (self._writer, *self._lines.values()):
+                self._add(self._purge_event(step), writer)
 
-    def scalars(self, step: int, figures: Mapping[str, float | None]) -> None:
-        """Writes ``{tag: value}`` of one step; None is left out."""
-        if self._writer is not None:
-            self._add_values(step, [self._summary.Summary.Value(tag=tag, simple_value=float(value))
-                                    for tag, value in figures.items() if value is not None])  # fmt: skip
+    def scalars(self, step: int, figures: Mapping[str, float | None], line: str | None = None) -> None:
+        """Writes ``{tag: value}`` of one step; None is left out.
+
+        Args:
+            line: draw them as another line of this name into the charts of the same tags. TensorBoard draws one line a
+                folder, so they go to a file in the sub-folder of this name.
+        """
+        values = [(tag, float(value)) for tag, value in figures.items() if value is not None]
+        if self._writer is not None and values:
+            writer = self._writer if line is None else self._line(line)
+            one = self._summary.Summary.Value
+            self._add_values(step, [one(tag=tag, simple_value=value) for tag, value in values], writer)
+
+    def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        """Lays out the Custom Scalars tab: heading -> chart -> regular expressions of the tags drawn together."""
+        if self._writer is None:
+            return
+        from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+        categories = [
+            layout_pb2.Category(
+                title=heading,
+                chart=[layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=tags))
+                       for title, tags in drawn.items()],
+            )
+            for heading, drawn in charts.items()
+        ]  # fmt: skip
+        content = layout_pb2.Layout(category=categories).SerializeToString()
+        self._add_string(0, metadata.CONFIG_SUMMARY_TAG, content, metadata.PLUGIN_NAME, ())
 
     def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
         """Writes an RGB image, (height, width, 3) uint8."""
@@ -84,7 +112,7 @@ class TensorBoard:
             image = self._summary.Summary.Image(
                 height=pixels.shape[0], width=pixels.shape[1], colorspace=3, encoded_image_string=png_bytes(pixels)
             )
-            self._add_values(step, [self._summary.Summary.Value(tag=tag, image=image)])
+            self._add_values(step, [self._summary.Summary.Value(tag=tag, image=image)], self._writer)
 
     def histogram(self, step: int, tag: str, values: np.ndarray, bins: int = 30) -> None:
         """Writes the distribution of the finite values of an array of any shape."""
@@ -96,35 +124,59 @@ class TensorBoard:
                 min=flat.min(), max=flat.max(), num=flat.size, sum=flat.sum(), sum_squares=(flat**2).sum(),
                 bucket_limit=edges[1:].tolist(), bucket=counts.tolist(),
             )  # fmt: skip
-            self._add_values(step, [self._summary.Summary.Value(tag=tag, histo=histogram)])
+            self._add_values(step, [self._summary.Summary.Value(tag=tag, histo=histogram)], self._writer)
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Writes a text, shown as Markdown under TensorBoard's Text tab."""
         if self._writer is not None:
-            text_plugin = self._summary.SummaryMetadata.PluginData(plugin_name="text")
-            tensor = self._tensor.TensorProto(dtype="DT_STRING", string_val=[markdown.encode()])
-            tensor.tensor_shape.dim.add(size=1)
-            metadata = self._summary.SummaryMetadata(plugin_data=text_plugin)
-            self._add_values(step, [self._summary.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)])
+            self._add_string(step, tag, markdown.encode(), "text", (1,))
 
     def flush(self) -> None:
         if self._writer is not None:
-            self._attempt(self._writer.flush)
+            for writer in (self._writer, *self._lines.values()):
+                self._attempt(writer.flush)
 
     def close(self) -> None:
         if self._writer is not None:
-            self._attempt(self._writer.close)
+            for writer in (self._writer, *self._lines.values()):
+                self._attempt(writer.close)
             self._writer = None
 
-    def _open(self, event_file_writer: Any, flush_s: float) -> None:
-        self._writer = event_file_writer(str(self.log_dir), flush_secs=flush_s)
+    def _open_main(self) -> None:
+        self._writer = self._open(self.log_dir)
 
-    def _add_values(self, step: int, values: list[Any]) -> None:
+    def _line(self, name: str) -> Any:
+        """The writer of the line ``name``; None when its file cannot be opened."""
+        if name not in self._lines:
+
+            def open_line() -> None:
+                self._lines[name] = self._open(self.log_dir / name)
+
+            self._attempt(open_line)
+            if self._purged is not None and name in self._lines:
+                self._add(self._purge_event(self._purged), self._lines[name])
+        return self._lines.get(name)
+
+    def _purge_event(self, step: int) -> Any:
+        log = self._event.SessionLog(status=self._event.SessionLog.START)
+        return self._event.Event(wall_time=time.time(), step=step, session_log=log)
+
+    def _add_string(self, step: int, tag: str, content: bytes, plugin: str, shape: Sequence[int]) -> None:
+        plugin_data = self._summary.SummaryMetadata.PluginData(plugin_name=plugin)
+        tensor = self._tensor.TensorProto(dtype="DT_STRING", string_val=[content])
+        for size in shape:
+            tensor.tensor_shape.dim.add(size=size)
+        metadata = self._summary.SummaryMetadata(plugin_data=plugin_data)
+        value = self._summary.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
+        self._add_values(step, [value], self._writer)
+
+    def _add_values(self, step: int, values: list[Any], writer: Any) -> None:
         summary = self._summary.Summary(value=values)
-        self._add(self._event.Event(wall_time=time.time(), step=step, summary=summary))
+        self._add(self._event.Event(wall_time=time.time(), step=step, summary=summary), writer)
 
-    def _add(self, event: Any) -> None:
-        self._attempt(lambda: self._writer.add_event(event))
+    def _add(self, event: Any, writer: Any) -> None:
+        if writer is not None:
+            self._attempt(lambda: writer.add_event(event))
 
     def _attempt(self, write: Callable[[], None]) -> None:
         """A full disk ends the figures, not the training: metrics.jsonl has them too, and its writer does raise."""

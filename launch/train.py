@@ -1,34 +1,23 @@
 """The train loop. Start reading here: one optimizer step, from the data to the checkpoint."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from data.errors import DataError
 from data.stream import MicroBatch
-from launch.losses import Weights, compute_losses, target_counts
+from launch.alarms import Alarm, actions
+from launch.losses import Weights, batch_balance, compute_losses, target_counts
 from launch.peak import peak_flops
 from launch.session import Session, memory_gib
+from launch.step_stats import GlobalStats, StepStats
 from launch.telemetry import StepRecord
 from model.count import flops_per_token
 from model.probe import NonFiniteError
+from model.routing_stats import Collect, RoutingStats
 from parallel.schedule import learning_rate
-
-
-@dataclass
-class StepStats:
-    """What one rank adds up over the micro-steps of a step."""
-
-    sums: Tensor | None = None  # (1 + depths + 1,) fp64: losses by depth, sequence balance
-    changed: Tensor | None = None  # (n_moe_layers,) int64 choices that the bias changed
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, sums: Tensor, changed: Tensor) -> None:
-        """Adds one micro-step."""
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.changed = changed if self.changed is None else self.changed + changed
 
 
 def train(session: Session, first_step: int) -> dict:
@@ -37,8 +26,8 @@ def train(session: Session, first_step: int) -> dict:
     Returns:
         {"status": "done" or "stopped", "step": steps done}, the same on every rank.
     """
-    config, ranks, engine, stream = session.config, session.ranks, session.engine, session.stream
-    weights = Weights(config.train.mtp_loss_weight, config.balance.seq_aux_loss_coef)
+    config, ranks, engine, balancer = session.config, session.ranks, session.engine, session.balancer
+    weights = Weights(config.train.mtp_loss_weight, config.balance.seq_aux_loss_coef, config.balance.aux_loss_coef)
     meter = Meter(session)
     for step in range(first_step, config.train.steps):
         ranks.watch.step = step + 1
@@ -46,40 +35,87 @@ def train(session: Session, first_step: int) -> dict:
         batches, trouble = read_step(session, step)
         agreed = agree_on_step(session, step, batches, trouble)
         if agreed.stop:
-            session.save(step, cause="stop requested")
+            session.save(step, cause="stop requested", last=True)
             return {"status": "stopped", "step": step}
+        collect = Collect(balancer.wants_histogram, meter.draws(step))
+        choices = BatchChoices(session, step, batches)
         for number, batch in enumerate(batches):
             batch = batch.to(session.device)
             with SampleNames(step, batch):
-                output = engine.forward(tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets)
-                losses = compute_losses(
-                    output, batch.loss_mask, agreed.targets, config.train.global_batch_size, weights
+                output = engine.forward(
+                    tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, collect=collect
                 )
+                losses = compute_losses(
+                    output, batch.loss_mask, agreed.targets, config.train.global_batch_size, weights,
+                    choices.balance_loss(output.routing),
+                )  # fmt: skip
                 engine.backward(losses.total, last=number == len(batches) - 1)
-            stats.add(losses.sums, output.routing.changed_by_bias)
-            session.balancer.add(output.routing.tokens_per_expert)
-        assert stats.sums is not None and stats.changed is not None
-        sums = ranks.dp.all_reduce(stats.sums).tolist()
-        loss = sums[0] / max(1, agreed.targets[0])
+            stats.add(losses, output.routing)
+            balancer.add(output.routing)
+        sums = stats.reduce(ranks.dp, ranks.ep.traffic.reset())
+        loss = sums.losses[0] / max(1, agreed.targets[0])
         verdict = session.guard.judge(step, loss, engine.grad_norm())  # the same on every rank
         lr = learning_rate(config.optimizer, engine.optimizer_steps, config.train.steps)
+        bias_rate = balancer.rate(engine.optimizer_steps)
+        alarms: list[Alarm] = []
         if verdict.keep:
+            counts = balancer.step(engine.optimizer_steps)  # once per optimizer step
             engine.step(lr)
-            counts = session.balancer.step()  # once per optimizer step
+            session.placement.add(counts)
+            alarms = session.judge_balance(step + 1, counts)
         else:
+            counts, bias_rate = balancer.skip(), 0.0
             engine.skip()
-            counts = session.balancer.skip()
             session.telemetry.event("skip", cause=verdict.reason, step=step + 1)
         session.tokens += agreed.targets[0]
-        changed = ranks.dp.all_reduce(stats.changed.cpu())
         if ranks.dp.rank == 0:
-            session.run.ledger.append({**stream.ledger_line(step, agreed.consumed), "step": step + 1})
-        session.telemetry.log_step(meter.record(step, stats, sums, agreed.targets, lr, counts, changed))
-        if (step + 1) % config.checkpoint.every_steps == 0 and step + 1 < config.train.steps:
-            session.save(step + 1, cause=f"every {config.checkpoint.every_steps} steps")
+            session.run.ledger.append({**session.stream.ledger_line(step, agreed.consumed), "step": step + 1})
+        session.telemetry.log_step(meter.record(step, sums, agreed.targets, lr, bias_rate, counts))
+        if config.balance.check_every_steps and (step + 1) % config.balance.check_every_steps == 0:
+            balancer.check()
+        wanted = actions(alarms)
+        if "stop" in wanted:
+            session.save(step + 1, cause="an alarm stops the run", last=True)
+            return {"status": "stopped", "step": step + 1}
+        if step + 1 < config.train.steps:
+            if (step + 1) % config.checkpoint.every_steps == 0:
+                session.save(step + 1, cause=f"every {config.checkpoint.every_steps} steps")
+            elif "save" in wanted:
+                session.save(step + 1, cause="an alarm asks for it")
     if first_step < config.train.steps:
-        session.save(config.train.steps, cause="end of training")
+        session.save(config.train.steps, cause="end of training", last=True)
     return {"status": "done", "step": config.train.steps}
+
+
+class BatchChoices:
+    """How often the global batch chooses each expert, known before the gradient: what rule `aux_loss` needs, exactly.
+
+    With one micro-step its own forward tells. With several, a forward without gradient over all of them comes first,
+    which costs a third more time; counts of the micro-steps so far, the usual way out, would make the loss depend on
+    how the batch is cut up.
+    """
+
+    def __init__(self, session: Session, step: int, batches: list[MicroBatch]) -> None:
+        self._session = session
+        self._wanted = session.config.balance.rule == "aux_loss" and bool(session.biases)
+        self._counts: Tensor | None = None  # (M, E) int64
+        if self._wanted and len(batches) > 1:
+            with torch.no_grad():
+                forwards = (self._forward(step, batch.to(session.device)) for batch in batches)
+                self._counts = session.ranks.dp.all_reduce(sum(forwards, torch.zeros((), dtype=torch.int64)))
+
+    def _forward(self, step: int, batch: MicroBatch) -> Tensor:
+        with SampleNames(step, batch):
+            output = self._session.engine.forward(tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets)
+        return output.routing.tokens_per_expert.cpu()
+
+    def balance_loss(self, routing: RoutingStats) -> Tensor | None:
+        """This micro-batch's share of the balance loss; None under other rules."""
+        if not self._wanted:
+            return None
+        if self._counts is None:
+            self._counts = self._session.ranks.dp.all_reduce(routing.tokens_per_expert.cpu().clone())
+        return batch_balance(routing.score_sums, self._counts, self._session.config.model.num_experts_per_tok)
 
 
 @dataclass(frozen=True)
@@ -149,33 +185,35 @@ class Meter:
         self.flops_per_token = flops_per_token(session.config.model, session.config.data.seq_len)
         self.peak, self.peak_source = peak_flops(session.device, session.config.train.precision)
         self.last = time.perf_counter()
+        self.steps_recorded = 0
         session.telemetry.event("peak", cause=self.peak_source, flops_per_second=round(self.peak))
 
+    def draws(self, step: int) -> bool:
+        """Whether this step's record is drawn as pictures, which need statistics of their own."""
+        every = self.session.config.telemetry.heatmap_every_steps
+        return self.steps_recorded == 0 or (step + 1) % every == 0
+
     def record(
-        self,
-        step: int,
-        stats: StepStats,
-        sums: list[float],
-        targets: list[int],
-        lr: float,
-        counts: Tensor,
-        changed: Tensor,
+        self, step: int, sums: GlobalStats, targets: list[int], lr: float, bias_rate: float, counts: Tensor
     ) -> StepRecord:
-        """One step's record; `sums` and `targets` are global."""
+        """One step's record; `sums`, `targets` and `counts` are global."""
         session = self.session
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
+        self.steps_recorded += 1
+        config = session.config
         world_size = session.ranks.layout.world_size
-        traffic = session.ranks.ep.traffic.reset()
         depths = len(targets) - 1
-        mtp = sum(sums[k] / max(1, targets[k]) for k in range(1, depths + 1)) / depths if depths else None
-        positions = session.config.train.global_batch_size * session.config.data.seq_len
+        mtp = sum(sums.losses[k] / max(1, targets[k]) for k in range(1, depths + 1)) / depths if depths else None
+        positions = config.train.global_batch_size * config.data.seq_len
+        n_layers = max(1, counts.shape[0])
+        routed_tokens = counts.sum(-1).double() / config.model.num_experts_per_tok  # (M,)
         return StepRecord(
             step=step + 1,
             tokens=session.tokens,
-            loss=sums[0] / max(1, targets[0]),
+            loss=sums.losses[0] / max(1, targets[0]),
             mtp_loss=mtp,
-            sequence_balance=sums[-1] / session.config.train.global_batch_size / max(1, counts.shape[0]),
+            sequence_balance=sums.sequence_balance / config.train.global_batch_size / n_layers,
             grad_norm=session.engine.grad_norm(),
             lr=lr,
             step_seconds=seconds,
@@ -183,12 +221,18 @@ class Meter:
             mfu=self.flops_per_token * positions / seconds / (self.peak * world_size),
             memory_gib=memory_gib(session.device),
             data_wait_seconds=session.stream.wait_seconds,
-            all_to_all_seconds=traffic.seconds,
-            exposed_all_to_all_seconds=traffic.exposed_seconds,
+            all_to_all_seconds=sums.all_to_all_seconds,
+            exposed_all_to_all_seconds=sums.exposed_all_to_all_seconds,
+            waiting_seconds=sums.waiting_seconds,
+            bytes_sent=sums.bytes_sent,
             world_size=world_size,
             ep_size=session.ranks.layout.ep_size,
             tokens_per_expert=counts,
             expert_bias=session.balancer.bias_table(),
-            changed_by_bias=changed,
+            bias_rate=bias_rate,
+            changed_by_bias=sums.changed_by_bias,
+            gate_entropy=sums.gate_entropy / routed_tokens.clamp_min(1.0),
+            coactivation=sums.coactivation,
+            placement=session.placement.table,
             epoch=session.stream.epoch(step),
         )

@@ -43,8 +43,7 @@ class Block(nn.Module):
         """Args: x (B, S, D); cos, sin, mask as in Attention; memory as in MoE.
 
         Returns:
-            (x (B, S, D),) of a dense layer; with experts also tokens_per_expert (E,), sequence_balance 0-d,
-            changed_by_bias 0-d.
+            (x (B, S, D),) of a dense layer; with experts also the fields of LayerStats.
         """
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
         normed = self.post_attention_layernorm(x)

@@ -144,6 +144,11 @@ class ModelConfig:
         return self.topk_method == "noaux_tc"
 
     @property
+    def limits_groups(self) -> bool:
+        """Whether a token may only choose inside its best groups of experts."""
+        return self.topk_method != "greedy" and self.topk_group < self.n_group
+
+    @property
     def moe_layers(self) -> tuple[str, ...]:
         """Module paths of the layers with routed experts, in the order of the routing statistics' rows."""
         main = tuple(f"layers.{i}" for i in range(self.first_k_dense_replace, self.num_hidden_layers))

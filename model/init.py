@@ -7,6 +7,7 @@ import hashlib
 import torch
 
 from model.naming import pieces
+from model.slots import local_experts
 from model.transformer import Transformer
 
 
@@ -23,17 +24,19 @@ def init_weights(model: Transformer, seed: int) -> None:
         seed: any integer.
     """
     std = model.config.initializer_range
+    experts = local_experts(model)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
         flat = parameter.view(-1)
-        for piece in pieces(name, tuple(parameter.shape), model.exchange.ep_rank):
+        for piece in pieces(name, tuple(parameter.shape), experts.get(name, ())):
             generator = torch.Generator().manual_seed(stable_seed(seed, piece.logical_name))
             values = torch.empty(piece.numel).normal_(0.0, std, generator=generator)
             flat[piece.start : piece.start + piece.numel] = values.to(parameter.device, parameter.dtype)
     for buffer in model.buffers():
-        buffer.zero_()
+        if buffer.is_floating_point():  # the balancing bias; where experts lie is not for this function to say
+            buffer.zero_()
 
 
 def stable_seed(seed: int, name: str) -> int:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -84,7 +84,13 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE (arXiv 2412.19437, equation 12): shared experts for every token plus each token's K routed ones."""
+    """DeepSeekMoE (arXiv 2412.19437, equation 12): shared experts for every token plus each token's K routed ones.
+
+    The router and every statistic know experts by their number. Where an expert lies is another matter: rank g has the
+    slots g*L .. g*L+L-1, slot e holds expert e until `place` says otherwise, and tokens are sent to slots.
+    """
+
+    slot_of_expert: Tensor | None  # (E,) int64; None: every expert is in the slot of its number
 
     def __init__(
         self,
@@ -104,28 +110,45 @@ class MoE(nn.Module):
         self.label = ""  # the module's path, for errors
         self.gate = Router(config, device, dtype)
         n_local = config.n_routed_experts // exchange.ep_size
+        self.expert_of_slot = tuple(range(config.n_routed_experts))
+        self.register_buffer("slot_of_expert", None, persistent=False)
         self.experts = Experts(n_local, config.hidden_size, config.moe_intermediate_size, device, dtype)
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = MLP(config.hidden_size, width, device, dtype)
 
-    def forward(self, x: Tensor, memory: RoutingMemory | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @property
+    def local_experts(self) -> tuple[int, ...]:
+        """Numbers of the L experts that this rank's stacked weights hold, in storage order."""
+        n_local = len(self.expert_of_slot) // self.exchange.ep_size
+        return self.expert_of_slot[self.exchange.ep_rank * n_local :][:n_local]
+
+    def place(self, expert_of_slot: Sequence[int]) -> None:
+        """Sends tokens by another placement from now on; see `model.slots.place`."""
+        row = tuple(expert_of_slot)
+        in_order = tuple(range(self.n_routed_experts))
+        if tuple(sorted(row)) != in_order:
+            raise ValueError(f"a placement must hold each of {self.n_routed_experts} experts once, not {row}")
+        self.expert_of_slot = row
+        slots = torch.tensor(row, device=self.gate.e_score_correction_bias.device).argsort()
+        self.slot_of_expert = None if row == in_order else slots
+
+    def forward(self, x: Tensor, memory: RoutingMemory | None = None) -> tuple[Tensor, ...]:
         """Route, then exchange and compute; the shared experts work while rows travel.
 
         Args:
             x: (B, S, D).
-            memory: of this layer in this forward, where the choice must be repeatable.
+            memory: of this layer in this forward.
 
         Returns:
-            (B, S, D), tokens_per_expert (E,) int64, sequence_balance 0-d fp32, changed_by_bias 0-d int64.
+            (B, S, D), then the fields of LayerStats.
         """
-        topk_ids, topk_weights, tokens_per_expert, balance, changed = self.gate(x, memory)
+        topk_ids, topk_weights, *stats = self.gate(x, memory)
         tokens = x.reshape(-1, x.shape[-1])  # (T, D)
+        slots = topk_ids if self.slot_of_expert is None else self.slot_of_expert[topk_ids]  # (T, K)
         shared = None if self.shared_experts is None else partial(self.shared_experts, tokens)
-        out, aside = self.experts(
-            tokens, topk_ids, topk_weights, self.n_routed_experts, self.exchange, shared, self.label
-        )
+        out, aside = self.experts(tokens, slots, topk_weights, self.n_routed_experts, self.exchange, shared, self.label)
         if aside is not None:
             out = out + aside
-        return out.view_as(x), tokens_per_expert, balance, changed
+        return (out.view_as(x), *stats)

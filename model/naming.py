@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _STACKED = (".experts.gate_up_proj", ".experts.down_proj")
@@ -24,21 +25,27 @@ def is_expert(name: str) -> bool:
     return name.endswith(_STACKED)
 
 
-def pieces(name: str, local_shape: tuple[int, ...], ep_rank: int) -> list[Piece]:
+def pieces(name: str, local_shape: tuple[int, ...], experts: Sequence[int] = ()) -> list[Piece]:
     """Split a local parameter into its logical tensors, in storage order.
 
     Args:
         name: the parameter's name in the module tree.
         local_shape: its shape on this rank; (L, ...) for stacked experts.
-        ep_rank: this rank's place in its expert-parallel group. `ep_rank 1, L 4 -> experts 4 5 6 7`
+        experts: the numbers of the L experts that are stacked in it, in storage order (`model.slots.local_experts`);
+            parameters that are not stacked experts need none.
 
     Returns:
         One piece, or L for stacked experts.
+
+    Raises:
+        ValueError: not as many numbers as stacked experts.
     """
     shape = tuple(local_shape)
     if not is_expert(name):
         return [Piece(name, 0, math.prod(shape), shape)]
     stem, _, leaf = name.rpartition(".")
-    n_local, each = shape[0], shape[1:]
+    each = shape[1:]
     numel = math.prod(each)
-    return [Piece(f"{stem}.{ep_rank * n_local + i}.{leaf}", i * numel, numel, each) for i in range(n_local)]
+    if len(experts) != shape[0]:
+        raise ValueError(f"{name} stacks {shape[0]} experts, but the numbers of {len(experts)} were given: {experts}")
+    return [Piece(f"{stem}.{expert}.{leaf}", i * numel, numel, each) for i, expert in enumerate(experts)]

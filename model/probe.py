@@ -68,8 +68,9 @@ def attach(model: Transformer) -> ProbeHandle:
     for name, module in model.named_modules():
         layer, part = _split(name)
         if isinstance(module, Experts):
-            n_local = module.gate_up_proj.shape[0]
-            module.inspect = _experts_check(layer, part, model.exchange.ep_rank * n_local)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            assert isinstance(owner, MoE)
+            module.inspect = _experts_check(layer, part, owner)
             inspected.append(module)
         elif isinstance(module, kinds):
             hooks.append(module.register_forward_hook(_hook(layer, part)))
@@ -95,33 +96,38 @@ def _hook(layer: str, part: str) -> Callable[[nn.Module, Any, Any], None]:
     return check
 
 
-def _experts_check(layer: str, part: str, first: int) -> Callable[[str, Tensor, tuple[int, ...]], None]:
+def _experts_check(layer: str, part: str, owner: MoE) -> Callable[[str, Tensor, tuple[int, ...]], None]:
     def check(what: str, rows: Tensor, rows_per_expert: tuple[int, ...]) -> None:
-        _check(rows, layer, f"{part} {what}", rows_per_expert, first)
+        numbers = owner.local_experts
+        _check(rows, layer, f"{part} {what}", rows_per_expert, numbers)
         if what == "output" and rows.requires_grad:
-            rows.register_hook(lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, first))
+            rows.register_hook(lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, numbers))
 
     return check
 
 
 def _check(
-    tensor: Tensor, layer: str, label: str, rows_per_expert: tuple[int, ...] | None = None, first: int = 0
+    tensor: Tensor,
+    layer: str,
+    label: str,
+    rows_per_expert: tuple[int, ...] | None = None,
+    numbers: tuple[int, ...] = (),
 ) -> None:
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return
     bad = ~torch.isfinite(tensor.detach())
     expert = None
     if rows_per_expert is not None:
-        expert = _expert_of_row(int(bad.any(-1).nonzero()[0]), rows_per_expert, first)
+        expert = _expert_of_row(int(bad.any(-1).nonzero()[0]), rows_per_expert, numbers)
     position = tuple(bad.nonzero()[0].tolist()) if bad.dim() else ()
     detail = f"{int(bad.sum())} of {bad.numel()} numbers, the first at {position} of shape {tuple(tensor.shape)}"
     raise NonFiniteError(layer, label, expert, detail)
 
 
-def _expert_of_row(row: int, rows_per_expert: tuple[int, ...], first: int) -> int | None:
+def _expert_of_row(row: int, rows_per_expert: tuple[int, ...], numbers: tuple[int, ...]) -> int | None:
     end = 0
-    for expert, count in enumerate(rows_per_expert):
+    for number, count in zip(numbers, rows_per_expert, strict=True):
         end += count
         if row < end:
-            return first + expert
+            return number
     return None  # a padding row

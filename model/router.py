@@ -5,33 +5,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.bias_histogram import bias_needed, histogram
 from model.config import ModelConfig
+from model.routing_stats import Collect, LayerStats, count_pairs, entropy_sum
 
 
 class RoutingMemory:
-    """The choice of one layer in one forward, kept so that recomputation in the backward makes the same one.
+    """One layer in one forward: what to collect, and the choice, kept so that recomputation makes the same one.
 
     A near-tie may flip when scores are computed again (another kernel, another batch shape), and then tensors no longer
     match what other ranks expect. A plain object, since hooks that walk arguments copy lists but leave objects alone.
     """
 
-    topk_ids: Tensor | None = None
-
-
-class Routing(NamedTuple):
-    """What a router returns; only tensors."""
-
-    topk_ids: Tensor  # (T, K) int64
-    topk_weights: Tensor  # (T, K) fp32, with gradient
-    tokens_per_expert: Tensor  # (E,) int64
-    sequence_balance: Tensor  # 0-d fp32, with gradient: sum over sequences of sum_i f_i P_i
-    changed_by_bias: Tensor  # 0-d int64: choices that the bias changed
+    def __init__(self, collect: Collect | None = None) -> None:
+        self.collect = collect or Collect()
+        self.topk_ids: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -63,29 +56,62 @@ class Router(nn.Module):
 
         Args:
             x: (B, S, D).
-            memory: where given, the choice is taken from it, or left in it if it is empty.
+            memory: where given, the choice is left in it; a forward that finds one there is a recomputation: it takes
+                that choice, and of the statistics makes those with a gradient only.
 
         Returns:
-            The fields of Routing in order, as a plain tuple.
+            topk_ids (T, K) int64, topk_weights (T, K) fp32 with gradient, then the fields of LayerStats; a plain tuple.
         """
+        # Autocast would round the sums of scores and the counts of pairs, which are products too, to bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._route(x, memory or RoutingMemory())
+
+    def _route(self, x: Tensor, memory: RoutingMemory) -> tuple[Tensor, ...]:
         config = self.config
         batch, seq_len, width = x.shape
-        with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.reshape(-1, width).float(), self.weight.float())  # (T, E)
-            scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
-        bias = self.e_score_correction_bias if config.uses_bias else None
+        logits = F.linear(x.reshape(-1, width).float(), self.weight.float())  # (T, E)
+        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+        topk_ids, recomputed = memory.topk_ids, memory.topk_ids is not None
         plain = scores.detach()
-        if memory is not None and memory.topk_ids is not None:
-            topk_ids = memory.topk_ids
-        else:
-            topk_ids = choose_experts(plain, bias, config)
-            if memory is not None:
-                memory.topk_ids = topk_ids
+        bias = self.e_score_correction_bias if config.uses_bias else None
+        if topk_ids is None:
+            topk_ids = memory.topk_ids = choose_experts(plain, bias, config)
         topk_weights = weigh(scores, topk_ids, config)
         counts = count_tokens(topk_ids.view(batch, -1), config.n_routed_experts)  # (B, E)
-        balance = sequence_balance(scores.view(batch, seq_len, -1), counts, config.num_experts_per_tok)
-        changed = count_changed(topk_ids, plain, config) if bias is not None else counts.new_zeros(())
-        return tuple(Routing(topk_ids, topk_weights, counts.sum(0), balance, changed))
+        by_sequence = scores.view(batch, seq_len, -1)
+        inverse_sums = by_sequence.sum(-1).add(1e-20).reciprocal()  # (B, S)
+        # sum_t(s_ti / sum_j s_tj), as one product of the (S) inverse sums with the (S, E) scores for each sequence
+        score_sums = torch.bmm(inverse_sums.unsqueeze(1), by_sequence).squeeze(1)  # (B, E)
+        balance = sequence_balance(score_sums, counts, config.num_experts_per_tok, seq_len)
+        with torch.no_grad():
+            observed = self._observe(plain, inverse_sums.detach().flatten(), topk_ids, bias, memory.collect, recomputed)
+        changed, entropy, needs, pairs = observed
+        stats = LayerStats(counts.sum(0), balance, changed, score_sums.sum(0), entropy, needs, pairs)
+        return (topk_ids, topk_weights, *stats)
+
+    def _observe(
+        self,
+        scores: Tensor,
+        inverse_sums: Tensor,
+        topk_ids: Tensor,
+        bias: Tensor | None,
+        collect: Collect,
+        recomputed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """changed_by_bias, gate_entropy, bias_histogram and coactivation of LayerStats."""
+        config = self.config
+        changed, entropy = topk_ids.new_zeros(()), scores.new_zeros(())
+        needs, pairs = topk_ids.new_zeros((config.n_routed_experts, 0)), topk_ids.new_zeros((0, 0))
+        if recomputed:  # nobody reads them a second time
+            return changed, entropy, needs, pairs
+        entropy = entropy_sum(scores, inverse_sums)
+        if bias is not None:
+            changed = count_changed(topk_ids, scores, config)
+            if collect.bias_histogram:
+                needs = histogram(bias_needed(scores + bias, config))
+        if collect.coactivation:
+            pairs = count_pairs(topk_ids, config.n_routed_experts)
+        return changed, entropy, needs, pairs
 
 
 @torch.no_grad()
@@ -102,7 +128,7 @@ def choose_experts(scores: Tensor, bias: Tensor | None, config: ModelConfig) -> 
     Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; group limit: DeepSeek-V2 (arXiv 2405.04434) section 2.1.4.
     """
     biased = scores if bias is None else scores + bias
-    if config.topk_method != "greedy" and config.topk_group < config.n_group:
+    if config.limits_groups:
         grouped = biased.view(-1, config.n_group, config.n_routed_experts // config.n_group)
         best = 2 if config.uses_bias else 1
         group_scores = grouped.topk(best, dim=-1, sorted=False).values.sum(-1)  # (T, n_group)
@@ -127,24 +153,20 @@ def count_tokens(ids: Tensor, n_experts: int) -> Tensor:
     return counts.scatter_add_(1, ids, torch.ones_like(ids))
 
 
-def sequence_balance(scores: Tensor, counts: Tensor, top_k: int) -> Tensor:
+def sequence_balance(score_sums: Tensor, counts: Tensor, top_k: int, seq_len: int) -> Tensor:
     """Sequence-wise balance: sum over sequences of sum_i f_i P_i, without its coefficient.
 
     f_i = E / (K S) * (tokens of the sequence that chose expert i), P_i = mean over the sequence of the score
     normalised over all experts. It is 1 for a sequence in perfect balance.
 
     Args:
-        scores: (B, S, E) fp32, with gradient.
+        score_sums: (B, E) fp32, with gradient: the sequence's normalised scores, summed over its S tokens.
         counts: (B, E) int64, of the choices that were made, bias included.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) equations 17-20.
     """
-    _, seq_len, experts = scores.shape
-    frequency = counts.float() * (experts / (top_k * seq_len))  # (B, E)
-    # mean_t(s_ti / sum_j s_tj), as one product of the (S) inverse sums with the (S, E) scores for each sequence
-    inverse_sums = scores.sum(-1).add(1e-20).reciprocal()  # (B, S)
-    probability = torch.bmm(inverse_sums.unsqueeze(1), scores).squeeze(1) / seq_len  # (B, E)
-    return (frequency * probability).sum()
+    frequency = counts.float() * (counts.shape[-1] / (top_k * seq_len))  # (B, E)
+    return (frequency * score_sums).sum() / seq_len
 
 
 @torch.no_grad()

@@ -19,14 +19,7 @@ from model.layers import Embedding, Head, RMSNorm
 from model.mtp import MultiTokenPrediction
 from model.positions import rotary_tables
 from model.router import RoutingMemory
-
-
-class RoutingStats(NamedTuple):
-    """What the balancer and the losses need from one forward. Rows in the order of ModelConfig.moe_layers."""
-
-    tokens_per_expert: Tensor  # (n_moe_layers, E) int64; a prediction module's row is zero where no targets were given
-    sequence_balance: Tensor  # 0-d fp32, with gradient: sum over layers and sequences, not scaled by its coefficient
-    changed_by_bias: Tensor  # (n_moe_layers,) int64: choices that would differ without bias
+from model.routing_stats import Collect, RoutingStats, stack_layers
 
 
 class ModelOutput(NamedTuple):
@@ -73,7 +66,13 @@ class Transformer(nn.Module):
             MultiTokenPrediction(config, exchange, device, dtype) for _ in range(config.num_nextn_predict_layers)
         )
 
-    def forward(self, tokens: Tensor, doc_ids: Tensor | None = None, targets: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        tokens: Tensor,
+        doc_ids: Tensor | None = None,
+        targets: Tensor | None = None,
+        collect: Collect | None = None,
+    ) -> ModelOutput:
         """Predict, or measure the prediction.
 
         Args:
@@ -81,6 +80,7 @@ class Transformer(nn.Module):
             doc_ids: (B, S) integers, non-decreasing along S: a token sees only earlier ones of its document.
             targets: (B, S) int64 in [0, V), the token after each position. With it the output has losses and the
                 prediction modules run; without it logits, and they do not.
+            collect: statistics beyond those that are always made.
         """
         mask = document_mask(doc_ids)
         cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
@@ -88,19 +88,19 @@ class Transformer(nn.Module):
         hidden = embedded
         statistics: list[tuple[Tensor, ...]] = []
         for layer in self.layers:
-            hidden, *of_layer = self._run(layer, hidden, cos, sin, mask)
+            hidden, *of_layer = self._run(collect, layer, hidden, cos, sin, mask)
             if of_layer:
                 statistics.append(tuple(of_layer))
         hidden = self.norm(hidden)
         if targets is None:
-            return ModelOutput(self.lm_head(hidden), None, (), self._collect(statistics, embedded))
+            return ModelOutput(self.lm_head(hidden), None, (), self._stack(statistics, tokens.device))
         rows, row_targets = [hidden.flatten(0, 1)], [targets.flatten()]
         depths = self._prediction_depths(tokens.shape[1])
         for k in depths:
             hidden, ahead = hidden[:, :-1], embedded[:, k:]  # (B, S-k, D)
             cos, sin = cos[:-1], sin[:-1]
             mask = None if mask is None else mask[:, :, :-1, :-1]
-            hidden, *of_layer = self._run(self.mtp[k - 1], hidden, ahead, cos, sin, mask)
+            hidden, *of_layer = self._run(collect, self.mtp[k - 1], hidden, ahead, cos, sin, mask)
             statistics.append(tuple(of_layer))
             rows.append(hidden.flatten(0, 1))
             row_targets.append(targets[:, k:].flatten())
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         losses = self.lm_head(torch.cat(rows), torch.cat(row_targets)).split([part.shape[0] for part in rows])
         batch = tokens.shape[0]
         deeper = tuple(F.pad(losses[k].view(batch, -1), (0, k)) for k in depths)
-        return ModelOutput(None, losses[0].view(batch, -1), deeper, self._collect(statistics, embedded))
+        return ModelOutput(None, losses[0].view(batch, -1), deeper, self._stack(statistics, tokens.device))
 
     def _prediction_depths(self, seq_len: int) -> range:
         if seq_len <= len(self.mtp):
@@ -118,23 +118,16 @@ class Transformer(nn.Module):
             )
         return range(1, len(self.mtp) + 1)
 
-    def _run(self, layer: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def _run(self, collect: Collect | None, layer: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        memory = RoutingMemory(collect)
         if not (self.recompute and torch.is_grad_enabled()):
-            return cast(tuple[Tensor, ...], layer(*inputs))
+            return cast(tuple[Tensor, ...], layer(*inputs, memory))
         # Reentrant: the layer is repeated as a whole, with all of its collectives, before any of its gradients. The
         # other kind repeats it inside the first gradient's computation, where ZeRO stage 3 has just gathered a weight:
         # the repeated forward releases it again. No random numbers to restore.
         return cast(
-            tuple[Tensor, ...],
-            checkpoint(layer, *inputs, RoutingMemory(), use_reentrant=True, preserve_rng_state=False),
+            tuple[Tensor, ...], checkpoint(layer, *inputs, memory, use_reentrant=True, preserve_rng_state=False)
         )
 
-    def _collect(self, statistics: list[tuple[Tensor, ...]], like: Tensor) -> RoutingStats:
-        rows, experts = len(self.config.moe_layers), self.config.n_routed_experts
-        counts = torch.zeros(rows, experts, dtype=torch.int64, device=like.device)
-        changed = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        balance = torch.zeros((), dtype=torch.float32, device=like.device)
-        for i, (layer_counts, layer_balance, layer_changed) in enumerate(statistics):
-            counts[i], changed[i] = layer_counts, layer_changed
-            balance = balance + layer_balance
-        return RoutingStats(counts, balance, changed)
+    def _stack(self, statistics: list[tuple[Tensor, ...]], device: torch.device) -> RoutingStats:
+        return stack_layers(statistics, len(self.config.moe_layers), self.config.n_routed_experts, device)

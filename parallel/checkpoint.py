@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor
 
 from model.naming import pieces
+from model.slots import local_experts
 from parallel.communicator import Communicator
 from parallel.engine import Engine, StateShard
 from parallel.safetensors_file import SafetensorsReader, sha256, write
 
 FORMAT = "trimtab-checkpoint-1"
+Experts = Mapping[str, Sequence[int]]  # numbers of the experts stacked in a parameter: model.slots.local_experts
 _STEP = re.compile(r"step-(\d{8})$")
 
 
@@ -64,7 +67,6 @@ def save(
     biases: dict[str, Tensor],
     extra: dict[str, Any],
     communicator: Communicator,
-    ep_rank: int,
 ) -> Path:
     """Writes and publishes one checkpoint; collective over all ranks.
 
@@ -75,7 +77,6 @@ def save(
         biases: routing bias by logical name, the same on every rank.
         extra: JSON-able: data cursor, configuration, random state ...; rank 0's is stored.
         communicator: all ranks.
-        ep_rank: this rank's place among the holders of experts.
 
     Returns:
         The published folder.
@@ -93,8 +94,9 @@ def save(
     report: dict[str, Any] = {"file": file_name, "error": "", "runs": []}
     try:
         tensors = []
+        experts = local_experts(engine.module)
         for shard in engine.state_shards():
-            for name, shape, start, values in _logical_runs(shard, ep_rank):
+            for name, shape, start, values in _logical_runs(shard, experts):
                 key = f"{name}/{shard.kind}@{start}"
                 tensors.append((key, values))
                 report["runs"].append([name, list(shape), shard.kind, start, values.numel()])
@@ -125,11 +127,11 @@ def _raise_together(reports: list[dict[str, Any]], draft: Path, communicator: Co
         raise CheckpointError("; ".join(errors) + "; nothing was published, earlier checkpoints are as they were")
 
 
-def _logical_runs(shard: StateShard, ep_rank: int) -> list[tuple[str, tuple[int, ...], int, Tensor]]:
+def _logical_runs(shard: StateShard, experts: Experts) -> list[tuple[str, tuple[int, ...], int, Tensor]]:
     """Cuts a shard at the borders of logical tensors: (logical name, shape, start in that tensor, values)."""
     stop = shard.start + shard.values.numel()
     runs = []
-    for piece in pieces(shard.parameter, shard.shape, ep_rank):
+    for piece in pieces(shard.parameter, shard.shape, experts.get(shard.parameter, ())):
         first, last = max(shard.start, piece.start), min(stop, piece.start + piece.numel)
         if first < last:
             values = shard.values[first - shard.start : last - shard.start]
@@ -246,20 +248,35 @@ class CheckpointReader:
                 break
             last = min(stop, first + numel)
             if last > position:
-                reader = self._files.setdefault(file, SafetensorsReader(self.saved.path / file))
-                parts.append(reader.flat_slice(f"{name}/{kind}@{first}", position - first, last - first))
+                if file not in self._files:  # its header is read once, not with every tensor
+                    self._files[file] = SafetensorsReader(self.saved.path / file)
+                parts.append(self._files[file].flat_slice(f"{name}/{kind}@{first}", position - first, last - first))
                 position = last
         if position < stop:
             raise CheckpointError(f"{self.saved.path} lacks elements {position} to {stop} of {name} ({kind})")
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
-    def shard(self, shard: StateShard, ep_rank: int) -> Tensor:
-        """The values of one local run, put together from the logical tensors that it covers."""
+    def shard(self, shard: StateShard, experts: Experts, before: Experts | None = None) -> Tensor:
+        """The values of one local run, put together from the logical tensors that it covers.
+
+        Args:
+            experts: the numbers of the experts that the run is to hold.
+            before: of those that it holds; logical tensors that are to stay where they are, are not read. None: the
+                run holds nothing of worth.
+        """
         stop = shard.start + shard.values.numel()
+        wanted = pieces(shard.parameter, shard.shape, experts.get(shard.parameter, ()))
+        held = wanted[:0] if before is None else pieces(shard.parameter, shard.shape, before.get(shard.parameter, ()))
+        if held == wanted:
+            return shard.values
         parts = []
-        for piece in pieces(shard.parameter, shard.shape, ep_rank):
+        for number, piece in enumerate(wanted):
             first, last = max(shard.start, piece.start), min(stop, piece.start + piece.numel)
-            if first < last:
+            if first >= last:
+                continue
+            if held and held[number] == piece:
+                parts.append(shard.values[first - shard.start : last - shard.start].cpu())
+            else:
                 self._check_shape(piece.logical_name, tuple(piece.shape))
                 parts.append(self.read(piece.logical_name, shard.kind, first - piece.start, last - piece.start))
         return torch.cat(parts)
@@ -273,9 +290,7 @@ class CheckpointReader:
             )
 
 
-def load(
-    saved: Saved, engine: Engine, biases: dict[str, Tensor], communicator: Communicator, ep_rank: int
-) -> dict[str, Any]:
+def load(saved: Saved, engine: Engine, biases: dict[str, Tensor], communicator: Communicator) -> dict[str, Any]:
     """Fills engine and biases from a checkpoint of any layout; collective over all ranks.
 
     Returns:
@@ -284,15 +299,41 @@ def load(
     Raises:
         CheckpointError: on every rank when any rank found a damaged or missing file.
     """
-    wrong = damaged_files(saved, communicator.rank, communicator.size)
-    everywhere = [line for lines in communicator.gather(wrong) for line in lines]
-    if everywhere:
-        raise CheckpointError("; ".join(everywhere))
-    reader = CheckpointReader(saved)
-    engine.load_state(lambda shard: reader.shard(shard, ep_rank), int(saved.manifest["optimizer_steps"]))
+    _refuse_together(damaged_files(saved, communicator.rank, communicator.size), communicator)
+    reader, experts = CheckpointReader(saved), local_experts(engine.module)
+    engine.load_state(lambda shard: reader.shard(shard, experts), int(saved.manifest["optimizer_steps"]))
     for name, bias in biases.items():
         bias.copy_(reader.read(name, "weight", 0, bias.numel()).view_as(bias))
     return saved.manifest
+
+
+def load_moved(path: Path, engine: Engine, move: Callable[[], None], communicator: Communicator) -> None:
+    """Moves experts between ranks by way of a checkpoint of the state that the engine now has; collective.
+
+    Args:
+        path: of the checkpoint, written from this engine, with not one step since.
+        move: places the model's experts anew. It is called once every file is known to be whole; what then lies in
+            another slot than before is read, weights and moments alike, and nothing else.
+
+    Raises:
+        CheckpointError: on every rank when any rank found a damaged or missing file; nothing was moved.
+    """
+    try:
+        saved = open_checkpoint(path)
+        wrong = damaged_files(saved, communicator.rank, communicator.size)
+    except CheckpointError as error:
+        wrong = [str(error)]
+    _refuse_together(wrong, communicator)
+    before = local_experts(engine.module)
+    move()
+    reader, experts = CheckpointReader(saved), local_experts(engine.module)
+    engine.load_state(lambda shard: reader.shard(shard, experts, before), engine.optimizer_steps)
+
+
+def _refuse_together(wrong: list[str], communicator: Communicator) -> None:
+    everywhere = [line for lines in communicator.gather(wrong) for line in lines]
+    if everywhere:
+        raise CheckpointError("; ".join(everywhere))
 
 
 def prune(root: Path, keep: int) -> list[Path]:

@@ -105,25 +105,115 @@ class OptimizerConfig:
         return found
 
 
+Action = Literal["log", "raise_rate", "save", "stop"]
+DEFAULT_RATES = {"sign": 1e-3, "proportional": 1e-2, "quantile": 1.0}
+
+
 @dataclass(frozen=True)
 class BalanceConfig:
-    """How the routing bias is moved.
+    """How experts, and the ranks that hold them, are kept in balance.
 
-    rule: `sign` moves each expert's bias by `rate` towards the mean load once per optimizer step; `none` leaves it.
-    seq_aux_loss_coef: weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4; 0 switches it off).
+    rule: what moves the routing bias once per optimizer step (parallel/balance_rules.py names the papers): `sign` by
+        `rate` towards the mean load; `proportional` by `rate` times the relative shortfall; `quantile` by the fraction
+        `rate` of the way to the bias at which each expert's share would have been exact. `aux_loss` leaves the bias at
+        zero and adds a balance loss over the global batch; `none` does neither.
+    rate: see rule; None is the rule's own: 0.001, 0.01 and 1.
+    rate_warmup_steps: optimizer steps over which the rate rises linearly to its full value.
+    rate_schedule: how the rate then falls: `constant` does not; `step` drops to zero at `rate_zero_at` (DeepSeek-V3);
+        `linear` and `cosine` fall from `rate_anneal_from` to zero at `rate_zero_at`; all counted in optimizer steps.
+    recentre: subtract each layer's mean from its bias after every move; no choice depends on it.
+    aux_loss_coef: weight of the `aux_loss` rule's loss, summed over layers.
+    seq_aux_loss_coef: weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4; 0 switches it off), any rule.
+    check_every_steps: how often all ranks compare their biases; 0 is never.
+    placement: `fixed` leaves expert e on rank e // (E / ep_size); `load` deals them out anew whenever a checkpoint is
+        saved, if that would lower the busiest rank's measured load by `placement_min_gain` of the mean load.
+    alarm_max_vio, alarm_dead_steps, alarm_rank_vio: a layer's max_vio, an expert's steps without a token, and a layer's
+        max_vio over ranks beyond which an alarm is raised; 0 switches the alarm off. The first and the last must hold
+        for `alarm_patience_steps` steps in a row. An alarm is raised once, and again only after it has ended.
+    on_max_vio, on_dead_expert, on_rank_vio: what the alarm does beside its event: nothing, raise the rate by
+        `raise_rate_factor` for `raise_rate_steps` steps, save a checkpoint, or save one and stop.
     """
 
-    rule: Literal["sign", "none"] = "sign"
-    rate: float = 1e-3
+    rule: Literal["sign", "proportional", "quantile", "aux_loss", "none"] = "sign"
+    rate: float | None = None
+    rate_warmup_steps: int = 0
+    rate_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"
+    rate_anneal_from: int = 0
+    rate_zero_at: int = 0
+    recentre: bool = False
+    aux_loss_coef: float = 1e-2
     seq_aux_loss_coef: float = 1e-4
+    check_every_steps: int = 100
+    placement: Literal["fixed", "load"] = "fixed"
+    placement_min_gain: float = 0.05
+    alarm_max_vio: float = 0.0
+    on_max_vio: Action = "log"
+    alarm_dead_steps: int = 100
+    on_dead_expert: Action = "log"
+    alarm_rank_vio: float = 0.0
+    on_rank_vio: Action = "log"
+    alarm_patience_steps: int = 20
+    raise_rate_factor: float = 10.0
+    raise_rate_steps: int = 100
+
+    @property
+    def full_rate(self) -> float:
+        """The rate before any schedule; 0 under rules that leave the bias alone."""
+        if not self.moves_bias:
+            return 0.0
+        return DEFAULT_RATES[self.rule] if self.rate is None else self.rate
+
+    @property
+    def moves_bias(self) -> bool:
+        """Whether the rule moves the bias at all."""
+        return self.rule in DEFAULT_RATES
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""
         found = []
-        if self.rate < 0:
+        if self.rate is not None and self.rate < 0:
             found.append(f"balance.rate = {self.rate} must not be negative; 0 freezes the bias")
-        if self.seq_aux_loss_coef < 0:
-            found.append(
-                f"balance.seq_aux_loss_coef = {self.seq_aux_loss_coef} must not be negative; 0 switches it off"
-            )
-        return found
+        if self.rule == "quantile" and self.full_rate > 1:
+            found.append(f"balance.rate = {self.rate} is a fraction of the way under rule quantile; use at most 1")
+        for key in ("aux_loss_coef", "seq_aux_loss_coef", "alarm_max_vio", "alarm_rank_vio"):
+            if getattr(self, key) < 0:
+                found.append(f"balance.{key} = {getattr(self, key)} must not be negative; 0 switches it off")
+        for key in ("rate_warmup_steps", "check_every_steps", "alarm_dead_steps", "rate_anneal_from"):
+            if getattr(self, key) < 0:
+                found.append(f"balance.{key} = {getattr(self, key)} must not be negative")
+        for key in ("alarm_patience_steps", "raise_rate_steps"):
+            if getattr(self, key) < 1:
+                found.append(f"balance.{key} = {getattr(self, key)} must be at least 1")
+        if self.placement_min_gain < 0:
+            found.append(f"balance.placement_min_gain = {self.placement_min_gain} must not be negative")
+        if self.raise_rate_factor < 1:
+            found.append(f"balance.raise_rate_factor = {self.raise_rate_factor} must be at least 1")
+        return found + self._schedule_problems() + self._action_problems()
+
+    def _schedule_problems(self) -> list[str]:
+        if self.rate_schedule == "constant":
+            unused = [key for key in ("rate_anneal_from", "rate_zero_at") if getattr(self, key)]
+            return [f"balance.{key} = {getattr(self, key)} means nothing under rate_schedule constant; "
+                    "use step, linear or cosine" for key in unused]  # fmt: skip
+        start = self.rate_warmup_steps if self.rate_schedule == "step" else self.rate_anneal_from
+        if self.rate_zero_at <= start or self.rate_zero_at <= self.rate_warmup_steps:
+            return [
+                f"balance.rate_zero_at = {self.rate_zero_at} must come after "
+                f"rate_warmup_steps = {self.rate_warmup_steps} and rate_anneal_from = {self.rate_anneal_from} "
+                f"under rate_schedule {self.rate_schedule}"
+            ]
+        if self.rate_schedule != "step" and self.rate_anneal_from < self.rate_warmup_steps:
+            return [
+                f"balance.rate_anneal_from = {self.rate_anneal_from} lies inside the warm-up; use at least "
+                f"rate_warmup_steps = {self.rate_warmup_steps}"
+            ]
+        return []
+
+    def _action_problems(self) -> list[str]:
+        if self.rule in ("sign", "proportional"):
+            return []
+        return [
+            f'balance.{key} = "raise_rate" has no rate to raise under rule {self.rule}; use log, save or stop'
+            for key in ("on_max_vio", "on_dead_expert", "on_rank_vio")
+            if getattr(self, key) == "raise_rate"
+        ]

@@ -1,10 +1,10 @@
-"""Learning rate by step and parameter groups: pure functions."""
+"""Learning rate and bias rate by step, and parameter groups: pure functions."""
 
 import math
 
 from torch import nn
 
-from parallel.config import OptimizerConfig
+from parallel.config import BalanceConfig, OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -23,6 +23,23 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         remaining = total_steps - step
         return config.lr if remaining >= decay_steps else floor + (config.lr - floor) * remaining / decay_steps
     return config.lr
+
+
+def balance_rate(config: BalanceConfig, step: int) -> float:
+    """The bias rate of optimizer step `step` (0-based); see `BalanceConfig`.
+
+    DeepSeek-V3 (arXiv 2412.19437), section 4.2, keeps it constant and drops it to zero for the last part of training.
+    """
+    if config.rate_schedule != "constant" and step >= config.rate_zero_at:
+        return 0.0
+    if step < config.rate_warmup_steps:
+        return config.full_rate * (step + 1) / config.rate_warmup_steps
+    if config.rate_schedule in ("constant", "step") or step < config.rate_anneal_from:
+        return config.full_rate
+    progress = (step - config.rate_anneal_from) / (config.rate_zero_at - config.rate_anneal_from)
+    if config.rate_schedule == "linear":
+        return config.full_rate * (1.0 - progress)
+    return config.full_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -350,6 +350,8 @@ class ZeroEngine:
         elif self.stage == 3:
             for group in range(len(self._zero.fp16_groups)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
-            if self._zero.persistent_parameters:
-                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+            kept = self._zero.persistent_parameters  # small ones, which stay whole between steps
+            if kept:
+                kept[0].partition(kept)  # a parameter that is already whole would not be gathered again
+                kept[0].all_gather(kept)
         self.optimizer_steps = optimizer_steps

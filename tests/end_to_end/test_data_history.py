@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,18 +19,19 @@ STEPS = 24
 
 def killed(config: Path, run: Path, workers: int, after: int) -> None:
     """Starts the run with so many workers and kills everything once `after` steps are done."""
-    process = subprocess.Popen(
-        [*TRIMTAB, "train", str(config), *arguments(workers), "--run", str(run), "--launcher", "local"],
-        cwd=run.parent, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(ledger(run)) < after:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"{after} steps took more than 120 s"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with tempfile.TemporaryDirectory(prefix="killed-", ignore_cleanup_errors=True) as scratch:
+        process = subprocess.Popen(
+            [*TRIMTAB, "train", str(config), *arguments(workers), "--run", str(run), "--launcher", "local"],
+            cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": scratch},
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(ledger(run)) < after:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, f"{after} steps took more than 120 s"
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def arguments(workers: int) -> list[str]:

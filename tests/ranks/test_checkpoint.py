@@ -29,13 +29,13 @@ def zero_engine(ranks, model, stage: int, rank: int):
 def save(path: Path, engine, model, ranks, step: int) -> None:
     """Saves with the least that a checkpoint needs."""
     extra = {"optimizer_steps": engine.optimizer_steps}
-    checkpoint.save(path, step, engine, training.routers(model), extra, ranks.dp, ranks.layout.ep_rank)
+    checkpoint.save(path, step, engine, training.routers(model), extra, ranks.dp)
 
 
 def load(path: Path, engine, model, ranks) -> int:
     """Loads the newest."""
     saved = checkpoint.open_checkpoint(checkpoint.committed(path)[-1])
-    checkpoint.load(saved, engine, training.routers(model), ranks.dp, ranks.layout.ep_rank)
+    checkpoint.load(saved, engine, training.routers(model), ranks.dp)
     return saved.step
 
 

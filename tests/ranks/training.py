@@ -11,6 +11,8 @@ from model.config import ModelConfig
 from model.init import init_weights
 from model.naming import pieces
 from model.router import choose_experts
+from model.routing_stats import Collect
+from model.slots import local_experts
 from model.transformer import Transformer
 from parallel.balance import Balancer
 from parallel.config import BalanceConfig, OptimizerConfig, ParallelConfig
@@ -100,10 +102,11 @@ class NearTies:
 
 def train(
     engine: Any, model: Transformer, ranks: Ranks, accumulation: int, steps: range, gradients: bool = False,
-    near_ties: NearTies | None = None,
+    near_ties: NearTies | None = None, balance: BalanceConfig = BALANCE,
 ) -> dict:  # fmt: skip
     """Runs steps and returns what must be equal everywhere: losses, norms, counts, biases, and gradients on request."""
-    balancer = Balancer(list(routers(model).values()), BALANCE, ranks.dp)
+    balancer = Balancer(list(routers(model).values()), balance, ranks.dp)
+    collect = Collect(bias_histogram=balancer.wants_histogram)
     result: dict[str, Any] = {"losses": [], "norms": [], "counts": [], "biases": [], "gradients": {}, "near_ties": []}
     for step in steps:
         batches = my_batches(step, ranks.layout.rank, ranks.layout.world_size, accumulation)
@@ -112,18 +115,18 @@ def train(
         ).tolist()
         sums = 0
         for i, batch in enumerate(batches):
-            output = engine.forward(tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets)
+            output = engine.forward(tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, collect=collect)
             losses = compute_losses(output, batch.loss_mask, counts, SEQUENCES, Weights(0.3, BALANCE.seq_aux_loss_coef))
             engine.backward(losses.total, last=i == len(batches) - 1)
             sums = sums + losses.sums
-            balancer.add(output.routing.tokens_per_expert)
+            balancer.add(output.routing)
         total = ranks.dp.all_reduce(sums)
         if gradients:
             result["gradients"] = local_gradients(model, ranks)
         result["losses"].append(float(total[0]) / counts[0])
         result["norms"].append(engine.grad_norm())
         engine.step(OPTIMIZER.lr)
-        result["counts"].append(balancer.step().tolist())
+        result["counts"].append(balancer.step(step).tolist())
         result["biases"].append(balancer.bias_table().tolist())
         result["near_ties"].append(near_ties.reset() if near_ties else 0)
     return result
@@ -131,21 +134,24 @@ def train(
 
 def local_gradients(model: Transformer, ranks: Ranks) -> dict[str, list[float]]:
     """This rank's reduced gradients by logical name (engines that keep them in `.grad`)."""
-    found = {}
+    found, experts = {}, local_experts(model)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            for piece in pieces(name, tuple(parameter.shape), ranks.layout.ep_rank):
+            for piece in pieces(name, tuple(parameter.shape), experts.get(name, ())):
                 flat = parameter.grad.reshape(-1)[piece.start : piece.start + piece.numel]
                 found[piece.logical_name] = flat.tolist()
     return found
 
 
-def one_rank(accumulation: int = 1, recompute: bool = False, steps: int = 5, gradients: bool = False) -> dict:
+def one_rank(
+    accumulation: int = 1, recompute: bool = False, steps: int = 5, gradients: bool = False,
+    balance: BalanceConfig = BALANCE,
+) -> dict:  # fmt: skip
     """The reference: one process, plain AdamW."""
     ranks = single_rank()
     model = build(ranks, recompute)
     engine = PlainEngine(model, OPTIMIZER, ranks.layout, ranks.dp, ranks.edp)
-    return train(engine, model, ranks, accumulation, range(steps), gradients, NearTies(model))
+    return train(engine, model, ranks, accumulation, range(steps), gradients, NearTies(model), balance)
 
 
 def virtual(

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data.dataset import Dataset
+from data.config import DataConfig
+from data.dataset import Dataset, open_dataset
+from data.manifest import read_documents
 from data.pack import pack
 from data.plan import Plan
+from data.stream import MicroBatch
 
 WORDS = ["def", "return", "class", "import", "self", "data", "plan", "shard", "token", "é", "ü", "数", "\n\t", ""]
 
@@ -50,6 +53,20 @@ def pack_small(root: Path, **options: object) -> Path:
     return root / "dataset"
 
 
+def stored_texts(path: Path) -> dict[str, bytes]:
+    """Every document's text, decoded from the stored tokens, by name."""
+    names = {row["key"]: row["name"] for row in read_documents(path)}
+    found = {}
+    with open_dataset(path) as dataset:
+        for split in (dataset.train, dataset.heldout):
+            for shard, info in enumerate(split.info.shards):
+                for row in range(info.n_documents):
+                    tokens = split.read(shard, row)
+                    assert tokens[-1] == dataset.manifest.eod_id and dataset.manifest.eod_id not in tokens[:-1]
+                    found[names[split.key(shard, row)]] = dataset.tokenizer.decode_bytes(tokens.tolist())
+    return found
+
+
 def reference_sequence(dataset: Dataset, plan: Plan, sequence: int) -> dict[str, list]:
     """One sequence laid out token by token from the plan's pieces and whole documents."""
     eod = dataset.manifest.eod_id
@@ -67,3 +84,18 @@ def reference_sequence(dataset: Dataset, plan: Plan, sequence: int) -> dict[str,
         rows["doc_ids"].append(rows["doc_ids"][-1])
         rows["loss_mask"].append(False)
     return rows
+
+
+def plan_of(dataset: Dataset, **settings: object) -> Plan:
+    """The plan of a small dataset: short sequences, 24 lanes, windows of two shards."""
+    given: dict = {"seq_len": 64, "lanes": 24, "window_shards": 2, **settings}
+    return Plan.of(dataset, DataConfig(**given))
+
+
+def by_sequence(micro_batches: list[MicroBatch]) -> dict[int, tuple]:
+    """Rows of all tensors by sequence id."""
+    return {
+        int(micro.sequence_ids[row]): tuple(tensor[row].tolist() for tensor in micro[:4])
+        for micro in micro_batches
+        for row in range(len(micro.sequence_ids))
+    }

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data.batches import Batches, Phase
@@ -26,6 +26,12 @@ PINNED_PIECES = [
     [(2, 0, 29, 37)],
     [(2, 0, 61, 64), (1, 1, 0, 2), (0, 0, 0, 3)],
     [(0, 2, 13, 21)],
+]
+PINNED_BINS = [
+    [(1, 3, 0, 7), (3, 1, 0, 3), (3, 0, 0, 3), (1, 0, 0, 2)],
+    [(0, 1, 0, 9), (0, 0, 0, 5)],
+    [(0, 2, 16, 30)],
+    [(2, 0, 16, 32)],
 ]
 
 
@@ -186,6 +192,19 @@ def test_pinned_order() -> None:
     assert permutation(10, derive_key("a", 1)).tolist() == PINNED_PERMUTATION
     plan = make_plan([[5, 9, 30], [2, 2, 2, 7], [64]], lanes=4)
     assert [plan.pieces(int(sequence)) for sequence in plan.batch(1, 4)] == PINNED_PIECES
+    shards = [[5, 9, 30], [2, 2, 2, 7], [64], [3, 3, 20, 11]]
+    plan = make_plan(shards, lanes=4, packing="best_fit", seq_len=16)
+    assert [plan.pieces(int(sequence)) for sequence in plan.batch(1, 4)] == PINNED_BINS
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, 40_000])
+@pytest.mark.parametrize("n_classes", [1, 2, 300, 1 << 50])
+def test_permutations_sort_by_class_and_whole_hash(n: int, n_classes: int) -> None:
+    """Also where the class and the place leave so few bits of the hash that many are alike (the last one)."""
+    hashes = hash_numbers(np.arange(n), 7)
+    assert permutation(n, 7).tolist() == np.argsort(hashes).tolist()
+    classes = np.random.default_rng(n).integers(0, min(n_classes, 300), n).astype(np.uint16)
+    assert permutation(n, 7, classes, n_classes).tolist() == np.lexsort((hashes, classes)).tolist()
 
 
 def test_permutations_are_even() -> None:
@@ -205,6 +224,7 @@ def test_permutations_are_even() -> None:
     capacity=st.integers(2, 40),
     draws=st.lists(st.integers(1, 10**6), max_size=60),
 )
+@example(capacity=10, draws=[3] * 6 + [1])  # three bins of two pieces each, one of which gets a third
 def test_grouped_best_fit_equals_the_plain_one(capacity: int, draws: list[int]) -> None:
     sizes = [draw % (capacity - 1) + 1 if capacity > 1 else 1 for draw in draws]
     rooms: list[int] = []
@@ -300,5 +320,8 @@ def test_sequences_taken_together_are_those_taken_alone(
     plan = make_plan(shards, seq_len=seq_len, packing=packing)
     together = plan._order.table(first, count).by_sequence(count)
     alone = [plan._order.table(sequence, 1).by_sequence(1)[0] for sequence in range(first, first + count)]
-    assert together == alone == [plan.layout(sequence) for sequence in range(first, first + count)]
+    assert together == alone
+    assert together == plan.table(np.arange(first, first + count)).by_sequence(count)
+    assert together[::-1] == plan.table(np.arange(first, first + count)[::-1]).by_sequence(count)
+    assert alone == [plan.pieces(sequence) for sequence in range(first, first + count)]
     assert all(pieces for pieces in alone)

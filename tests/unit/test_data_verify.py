@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from data.errors import DataError
 from data.manifest import read_documents, read_manifest
 from data.verify import Damage, verify
 from tests.unit.data_samples import pack_small
+from tests.unit.flaky_server import Server
 
 SHARD = "train-00001.tar"
 
@@ -215,3 +217,73 @@ def test_nothing_to_verify(tmp_path: Path) -> None:
         verify(tmp_path / "none")
     with pytest.raises(DataError, match="is empty"):
         verify(tmp_path)
+
+
+def findings(path: Path | str) -> list[tuple[str, str, list[str]]]:
+    found = verify(path, deadline_s=4)
+    return [(damage.file, damage.problem, [str(sample) for sample in damage.lost]) for damage in found]
+
+
+@pytest.mark.parametrize("kind", ["memory", "http"])
+def test_an_address_is_verified_like_a_folder(folder: Path, kind: str) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+    served = Server(folder) if kind == "http" else None
+    address = served.address if served else f"memory://verify-{folder.parent.name}"
+
+    def upload() -> str:
+        if not served:
+            memory = fsspec.filesystem("memory")
+            if memory.exists(address):
+                memory.rm(address, recursive=True)
+            for path in folder.iterdir():
+                memory.pipe_file(f"{address.removeprefix('memory:/')}/{path.name}", path.read_bytes())
+        return address
+
+    try:
+        seen: list[tuple[str, int, int]] = []
+        assert verify(upload(), lambda *args: seen.append(args)) == []
+        assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen) and seen[-1][1] == seen[-1][2]
+        rewrite(folder / SHARD, flip(places(folder)[4][1]))
+        cut = len((folder / "train-00002.tar").read_bytes()) - 3000
+        rewrite(folder / "train-00002.tar", lambda content: content[:cut])
+        (folder / "train-00003.tar").unlink()
+        rewrite(folder / "train-00003.idx", lambda content: content[:90])
+        rewrite(folder / "train-00000.tar", lambda content: b"")
+        rewrite(folder / "documents.jsonl", lambda content: content + b"{")
+        if not served:  # which lists no folder
+            shutil.copy(folder / SHARD, folder / "train-00099.tar")
+        here = findings(folder)
+        assert len(here) == (7 if not served else 6) and findings(upload()) == here
+        (folder / "tokenizer.json").unlink()
+        rewrite(folder / "manifest.json", lambda content: content.replace(b'"eod_id": 256', b'"eod_id": 255'))
+        if not served:
+            assert "changed after packing" in only(verify(upload(), deadline_s=4), "manifest.json").problem
+        else:
+            served.faults = ["503"]
+            with pytest.raises(DataError, match="not read within"):
+                verify(address, deadline_s=0.4)
+        with pytest.raises(DataError, match="nowhere"):
+            verify(f"{address}-nowhere" if not served else "memory://nowhere", deadline_s=0.4)
+    finally:
+        if served:
+            served.close()
+
+
+def test_bytes_that_change_on_their_way_are_no_damage(packed: Path) -> None:
+    pytest.importorskip("aiohttp")
+    served = Server(packed)
+    try:
+        wrong = iter(range(10**9))
+        answer = served.answer
+
+        def once_wrong(request: Any) -> None:
+            own = request.command == "GET" and request.path.endswith("train-00001.tar")
+            served.faults = ["flip"] if own and next(wrong) == 0 else ["ok"]
+            answer(request)
+
+        served.answer = once_wrong  # type: ignore[method-assign]
+        assert verify(served.address, deadline_s=4) == []
+        assert served.requests["train-00001.tar", "flip"] == 1
+    finally:
+        served.close()

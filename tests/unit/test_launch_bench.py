@@ -21,7 +21,7 @@ def test_loader_measures_every_peer_and_writes_its_record(tmp_path: Path, capsys
     record = json.loads(said[-1])
     assert record == json.loads((tmp_path / "loader.json").read_text())
     loaders = [row["loader"] for row in record["rows"]]
-    assert loaders[:4] == ["trimtab, first pass", "trimtab", "memory-mapped", "memory-mapped, tight"]
+    assert loaders[:4] == ["trimtab, first pass", "trimtab", "mapped, same output", "mapped, tokens"]
     assert {"webdataset", "streaming", "energon"} <= {*loaders, *record["absent"]}
     for row in record["rows"]:
         rate = row["tokens_per_second"]

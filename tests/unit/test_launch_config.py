@@ -36,7 +36,11 @@ def test_presets_are_legal_and_survive_a_round_trip(name: str, tmp_path) -> None
         ("train.steps=1.5", "train.steps = 1.5 must be an integer, not a number"),
         ("parallel.recompute=1", "parallel.recompute = 1 must be true or false, not an integer"),
         ('optimizer.lr="1e-4"', "must be a number, not a text; write it without quotes"),
-        ("balance.rule=sing", 'balance.rule = "sing" must be one of "sign", "none"; did you mean \'sign\'?'),
+        (
+            "balance.rule=sing",
+            'balance.rule = "sing" must be one of "sign", "proportional", "quantile", "aux_loss", "none"; '
+            "did you mean 'sign'?",
+        ),
         ("optimizer.betas=[0.9]", "optimizer.betas = [0.9] must be a list of 2 values"),
         ("model=3", "model = 3 must be a table"),
         ("train.steps", "'train.steps' is not of the form key.path=value"),

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from launch.losses import Weights, compute_losses, target_counts, target_masks
-from model.transformer import ModelOutput, RoutingStats
+from launch.losses import Weights, batch_balance, compute_losses, target_counts, target_masks
+from model.routing_stats import stack_layers
+from model.transformer import ModelOutput
 
 
 def output(main: torch.Tensor, deeper: torch.Tensor, balance: float) -> ModelOutput:
-    routing = RoutingStats(torch.zeros(1, 2), torch.tensor(balance), torch.zeros(1))
+    routing = stack_layers([], 1, 2, torch.device("cpu"))._replace(sequence_balance=torch.tensor(balance))
     return ModelOutput(None, main, (deeper,), routing)
 
 
@@ -38,3 +39,20 @@ def test_shares_add_up() -> None:
     sums = sum(share.sums for share in shares)
     assert float(sums[0]) == pytest.approx(float(main[mask].double().sum()), rel=1e-6)
     assert float(sums[2]) == pytest.approx(12.0)
+
+
+def test_the_global_balance_loss_is_one_a_layer_when_even_and_its_shares_add_up() -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(12, 3, 4, generator=generator)  # 12 tokens, 3 layers, 4 experts
+    scores /= scores.sum(-1, keepdim=True)
+    counts = torch.tensor([[6, 6, 6, 6], [24, 0, 0, 0], [3, 9, 6, 6]])  # two experts a token
+    whole = batch_balance(scores.sum(0), counts, 2)
+    shares = [batch_balance(scores[part].sum(0), counts, 2) for part in (slice(0, 5), slice(5, 12))]
+    assert float(sum(shares)) == pytest.approx(float(whole), rel=1e-6)
+    even, one_takes_all, uneven = (
+        float(batch_balance(scores[:, i : i + 1].sum(0), counts[i : i + 1], 2)) for i in range(3)
+    )
+    assert even == pytest.approx(1.0, rel=1e-6)
+    assert one_takes_all == pytest.approx(4 * float(scores[:, 1, 0].mean()), rel=1e-6)
+    literal = 4 * sum(counts[2, e].item() / 24 * float(scores[:, 2, e].mean()) for e in range(4))
+    assert uneven == pytest.approx(literal, rel=1e-6)

@@ -211,7 +211,10 @@ def test_without_an_event_the_last_record_of_a_step_counts(run: RunFolder) -> No
 
 
 def test_the_telemetry_modules_import_neither_torch_nor_any_optional_package() -> None:
-    modules = "runfolder telemetry tensorboard console balance_stats report plots compressors"
+    modules = (
+        "runfolder telemetry step_record charts tensorboard console balance_stats alarms report history findings "
+        "pictures plots balance_plots heatmap compressors"
+    )
     code = f"import sys; [__import__('launch.' + m) for m in '{modules}'.split()]; print(sorted(sys.modules))"
     root = Path(__file__).parents[2]
     loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import math
+import re
 import sys
 import time
 from dataclasses import replace
@@ -13,16 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 from launch import balance_stats, compressors
+from launch.alarms import Alarms
 from launch.console import Console
-from launch.plots import DEAD, VIRIDIS, load_colours, load_image
 from launch.runfolder import RunFolder, committed_metrics, read_records
-from launch.telemetry import CONTRACT_KEYS, StepRecord, Telemetry, derive
-from launch.tensorboard import TensorBoard, how_to_view, png_bytes
+from launch.step_record import CONTRACT_KEYS, StepRecord, derive
+from launch.telemetry import ALARM_LINES, Telemetry
+from launch.tensorboard import TensorBoard, how_to_view
+from parallel.config import BalanceConfig
 
 CONFIG = {"model": {"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}}
 COUNTS = torch.tensor([[10, 0, 6, 8], [6, 6, 6, 6], [24, 0, 0, 0]])  # two MoE layers and one MTP block
@@ -50,64 +50,6 @@ def read_back(run: RunFolder) -> Any:
     events = EventAccumulator(str(run.tensorboard))
     events.Reload()
     return events
-
-
-# --- balance figures ---
-
-
-@settings(max_examples=60, deadline=None)
-@given(arrays(np.int64, st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 6, 12])), elements=st.integers(0, 50)))
-def test_max_vio_is_the_literal_formula(counts: np.ndarray) -> None:
-    for ep_size in (1, 2):
-        if counts.shape[1] % ep_size:
-            continue
-        expert_figures, rank_figures = [], []
-        for layer in counts.tolist():
-            if sum(layer) == 0:
-                continue
-            share = len(layer) // ep_size
-            ranks = [sum(layer[r * share : (r + 1) * share]) for r in range(ep_size)]
-            expert_figures.append((max(layer) - sum(layer) / len(layer)) / (sum(layer) / len(layer)))
-            rank_figures.append((max(ranks) - sum(ranks) / ep_size) / (sum(ranks) / ep_size))
-        got = balance_stats.max_vio(torch.from_numpy(counts)), balance_stats.max_vio_rank(counts, ep_size)
-        if expert_figures:
-            assert got[0] == pytest.approx(sum(expert_figures) / len(expert_figures))
-            assert got[1] == pytest.approx(sum(rank_figures) / len(rank_figures), abs=1e-12)
-        else:
-            assert math.isnan(got[0]) and math.isnan(got[1])
-
-
-def test_balance_figures_by_hand() -> None:
-    assert balance_stats.max_vio_per_layer(COUNTS).tolist() == pytest.approx([4 / 6, 0.0, 3.0])
-    assert balance_stats.rank_loads(COUNTS, 2).tolist() == [[10, 14], [12, 12], [24, 0]]
-    assert balance_stats.max_vio_rank_per_layer(COUNTS, 2).tolist() == pytest.approx([2 / 12, 0.0, 1.0])
-    assert balance_stats.max_vio_rank(COUNTS, 1) == 0.0
-    assert balance_stats.dead_experts(COUNTS).sum(axis=1).tolist() == [1, 0, 3]
-    assert balance_stats.dead_experts(np.array([[0, 1, 2]])).tolist() == [[True, False, False]]
-    assert balance_stats.load_ratio(COUNTS)[2].tolist() == [4.0, 0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="4 experts cannot be split over ep_size = 3"):
-        balance_stats.rank_loads(COUNTS, 3)
-    with pytest.raises(ValueError, match=r"\(n_layers, n_experts\)"):
-        balance_stats.max_vio(COUNTS[0])
-
-
-def test_counts_beyond_what_floats_of_32_bits_hold_stay_exact() -> None:
-    counts = torch.tensor([[2**30 + 1, 2**30 - 1]])
-    assert balance_stats.rank_loads(counts, 2).tolist() == [[2**30 + 1, 2**30 - 1]]
-    assert balance_stats.max_vio(counts) == pytest.approx(2.0**-30, rel=1e-9)
-
-
-def test_the_noise_floor_is_the_formula_and_what_a_fair_choice_shows() -> None:
-    assert balance_stats.noise_floor(64, 6 * 8192) == pytest.approx(math.sqrt(2 * math.log(64) * 64 / (6 * 8192)))
-    fair = np.random.default_rng(0).multinomial(6 * 8192, [1 / 64] * 64, size=200)
-    assert balance_stats.max_vio(fair) == pytest.approx(balance_stats.max_vio_floor(fair), rel=0.2)
-    assert math.isnan(balance_stats.noise_floor(64, 0))
-
-
-def test_layers_are_named_as_the_model_numbers_them() -> None:
-    assert balance_stats.layer_names(CONFIG, 3) == ["layer 1", "layer 2", "mtp 0"]
-    assert balance_stats.layer_names(CONFIG, 2) == ["moe 0", "moe 1"]
-    assert balance_stats.layer_names({}, 1) == ["moe 0"]
 
 
 # --- metrics.jsonl ---
@@ -187,6 +129,8 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     telemetry.evaluation(1, {"loss": 1.0}, cause="x")
     telemetry.rewind(0, cause="x")
     telemetry.close()
+    judge = Alarms(BalanceConfig(alarm_dead_steps=1), ["layer 1"], 4)
+    telemetry.alarms(judge.judge(1, np.array([[4, 0, 0, 0]]), np.array([[4]])))
     assert [p.name for p in run.path.rglob("*") if p.is_file()] == ["config.toml"]
 
 
@@ -199,7 +143,117 @@ def test_events_go_to_the_file_and_the_console(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == "save at step 5: every 5 steps (path checkpoints/step-00000005)\n"
 
 
+def test_figures_of_the_router_and_the_wire_are_written(tmp_path: Path) -> None:
+    telemetry = open_telemetry(tmp_path / "run")
+    more: dict[str, Any] = {
+        "changed_by_bias": torch.tensor([12, 0, 6]), "gate_entropy": torch.tensor([1.0, 1.25, 0.5]).double(),
+        "bytes_sent": 4096, "waiting_seconds": 0.0125, "bias_rate": 0.01,
+    }  # fmt: skip
+    telemetry.log_step(step_record(1, **more))
+    telemetry.log_step(step_record(2))
+    first, second = committed_metrics(telemetry.run)
+    assert first["gate_entropy"] == pytest.approx(2.75 / 3, rel=1e-5)
+    assert first["gate_entropy_per_layer"] == [1.0, 1.25, 0.5]
+    assert first["changed_by_bias_share_per_layer"] == [0.5, 0.0, 0.25]
+    assert first["dead_experts_per_layer"] == [1, 0, 3]
+    assert (first["bytes_sent"], first["waiting_seconds"], first["bias_rate"]) == (4096, 0.0125, 0.01)
+    for key in ("gate_entropy", "bytes_sent", "waiting_seconds", "bias_rate", "changed_by_bias_share"):
+        assert second[key] is None
+    assert "gate_entropy_per_layer" not in second and "coactivation" not in first
+
+
+def test_ranks_are_judged_by_what_lies_on_them(tmp_path: Path) -> None:
+    placement = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3], [1, 0, 3, 2]])
+    moved = torch.tensor([[0, 2, 1, 3], [0, 1, 2, 3], [1, 0, 3, 2]])  # rank 0 holds experts 0 and 2 of the first layer
+    telemetry = open_telemetry(tmp_path / "run")
+    for step, table in enumerate((None, placement, moved), start=1):
+        telemetry.log_step(step_record(step, placement=table))
+    vio = [record["max_vio_rank"] for record in committed_metrics(telemetry.run)]
+    assert vio[0] == vio[1] == pytest.approx((2 / 12 + 0 + 1) / 3, rel=1e-5)
+    assert vio[2] == pytest.approx((4 / 12 + 0 + 1) / 3, rel=1e-5)  # 10 + 6 against 0 + 8
+    last = committed_metrics(telemetry.run)[-1]
+    assert last["placement"] == moved.tolist() and last["tokens_per_expert"] == COUNTS.tolist()  # logical numbers
+
+
+def test_alarms_are_events_and_a_flood_of_them_does_not_fill_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create("")
+    telemetry = Telemetry.open(run, CONFIG, total_steps=9, main=True, console_mode="plain")
+    judge = Alarms(BalanceConfig(alarm_dead_steps=1), ["layer 1"], 16)
+    counts = np.array([[64] + [0] * 15])
+    telemetry.alarms(judge.judge(7, counts, counts))
+    events = read_records(run.events_path)
+    assert [(e["kind"], e["alarm"], e["layer"], e["expert"], e["step"]) for e in events] == [
+        ("alarm", "dead_expert", "layer 1", expert, 7) for expert in range(1, 16)
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "alarm at step 7: layer 1: expert 1 has had no token for 1 step"
+    assert len(lines) == ALARM_LINES + 1 and lines[-1].startswith("and 10 more alarms at this step")
+
+
+def test_the_newest_pairs_of_experts_replace_those_before(tmp_path: Path) -> None:
+    telemetry = open_telemetry(tmp_path / "run")
+    pairs = torch.arange(48).reshape(3, 4, 4)
+    for step, seen in ((1, pairs), (2, None), (3, pairs + 1)):
+        telemetry.log_step(step_record(step, coactivation=seen))
+    telemetry.close()
+    record = json.loads((telemetry.run.path / "coactivation.json").read_text())
+    assert record == {"step": 3, "layers": ["layer 1", "layer 2", "mtp 0"], "pairs": (pairs + 1).tolist()}
+    assert not list(telemetry.run.path.glob(".coactivation*"))
+    assert [image.step for image in read_back(telemetry.run).Images("coactivation/mtp_0")] == [1, 3]
+
+
 # --- TensorBoard ---
+
+
+def test_the_noise_floor_is_a_second_line_in_every_max_vio_chart(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    telemetry = open_telemetry(tmp_path / "run")
+    for step in (1, 2, 3):
+        telemetry.log_step(step_record(step))
+    telemetry.close()
+    again = open_telemetry(tmp_path / "run")
+    again.rewind(1, cause="resume from step 1")
+    again.log_step(step_record(2))
+    again.log_step(step_record(3))
+    again.rewind(1, cause="rolled back while running")
+    again.log_step(step_record(2, tokens_per_expert=COUNTS * 4))
+    again.close()
+    runs = EventMultiplexer().AddRunsFromDirectory(str(again.run.tensorboard))
+    runs.Reload()
+    tags = {run: set(found["scalars"]) for run, found in runs.Runs().items()}
+    assert set(tags) == {".", "noise_floor"}
+    assert tags["noise_floor"] == {tag for tag in tags["."] if tag == "balance/max_vio" or "/max_vio/" in tag}
+    floor = balance_stats.noise_floor(4, 24)
+    values = [(s.step, s.value) for s in runs.Scalars("noise_floor", "balance_by_layer/max_vio/mtp_0")]
+    assert values == [(1, pytest.approx(floor)), (2, pytest.approx(floor / 2))]  # the steps done again replace
+
+
+def test_every_chart_of_the_layout_finds_its_figures(tmp_path: Path) -> None:
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    telemetry = open_telemetry(tmp_path / "run")
+    more: dict[str, Any] = {"changed_by_bias": torch.tensor([1, 2, 3]), "gate_entropy": torch.ones(3)}
+    telemetry.log_step(step_record(1, waiting_seconds=0.1, **more))
+    telemetry.close()
+    events = read_back(telemetry.run)
+    (stored,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(stored.tensor_proto.string_val[0])
+    scalars = events.Tags()["scalars"]
+    drawn = {
+        chart.title: {tag for pattern in chart.multiline.tag for tag in scalars if re.match(pattern, tag)}
+        for category in layout.category
+        for chart in category.chart
+    }
+    assert drawn["max_vio: experts, ranks, noise floor"] == {f"balance/max_vio{end}" for end in ("", "_rank", "_floor")}
+    for title, key in (("gate entropy", "gate_entropy"), ("share of choices", "changed_by_bias_share"),
+                       ("experts without", "dead_experts")):  # fmt: skip
+        (tags,) = [tags for name, tags in drawn.items() if name.startswith(title)]
+        assert tags == {f"balance_by_layer/{key}/{layer}" for layer in ("layer_1", "layer_2", "mtp_0")}
+    assert all(drawn.values())
 
 
 def test_tensorboard_reads_back_the_same_figures(tmp_path: Path) -> None:
@@ -279,34 +333,6 @@ def test_a_full_disk_ends_the_figures_and_not_the_training(tmp_path: Path, monke
 
 def test_the_hint_for_viewing_stays_on_this_machine() -> None:
     assert how_to_view("runs/debug/tensorboard") == "tensorboard --logdir runs/debug/tensorboard --host 127.0.0.1"
-
-
-# --- the heat map ---
-
-
-def test_the_heat_map_shows_each_load_in_its_cell() -> None:
-    import io
-
-    from PIL import Image
-
-    image = load_image(COUNTS, balance_stats.layer_names(CONFIG, 3))
-    assert image.dtype == np.uint8 and image.shape[2] == 3
-    decoded = np.asarray(Image.open(io.BytesIO(png_bytes(image))))
-    assert np.array_equal(decoded, image)
-    fair = tuple(load_colours(np.array([1.0]))[0].tolist())
-    for colour in (DEAD, fair, tuple(bytes.fromhex(VIRIDIS[-1]))):
-        assert (image == colour).all(axis=-1).sum() > 200  # cells large enough to see
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 16), (59, 256), (3, 1000)])
-def test_the_heat_map_fits_every_model(shape: tuple[int, int]) -> None:
-    height, width, _ = load_image(np.ones(shape, dtype=np.int64)).shape
-    assert 70 <= height <= 1000 and 60 <= width <= 3200
-
-
-def test_lighter_means_more_load() -> None:
-    colours = load_colours(np.linspace(1e-6, 2.0, 50)).astype(float) @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(colours) > 0).all()
 
 
 # --- compressors ---

@@ -8,6 +8,7 @@ import torch
 from model.exchange import LocalExchange
 from model.init import init_weights, stable_seed
 from model.naming import is_expert, pieces
+from model.slots import local_experts
 from model.transformer import Transformer
 from tests.unit.literal_model import TINY
 
@@ -22,10 +23,10 @@ class _Part(LocalExchange):
 def logical(ep_size: int, ep_rank: int, seed: int = 7, **options) -> dict[str, torch.Tensor]:
     model = Transformer(TINY, _Part(ep_size, ep_rank), **options)
     init_weights(model, seed)
-    found = {}
+    found, experts = {}, local_experts(model)
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        for piece in pieces(name, tuple(parameter.shape), ep_rank):
+        for piece in pieces(name, tuple(parameter.shape), experts.get(name, ())):
             found[piece.logical_name] = flat[piece.start : piece.start + piece.numel].view(piece.shape)
     return found
 
@@ -63,17 +64,23 @@ def test_bf16_values_are_the_rounded_fp32_ones():
 
 
 def test_pieces_name_experts_by_their_global_number():
-    found = pieces("mtp.0.block.mlp.experts.down_proj", (3, 4, 5), ep_rank=2)
-    assert [piece.logical_name for piece in found] == [f"mtp.0.block.mlp.experts.{e}.down_proj" for e in (6, 7, 8)]
+    found = pieces("mtp.0.block.mlp.experts.down_proj", (3, 4, 5), (6, 2, 9))
+    assert [piece.logical_name for piece in found] == [f"mtp.0.block.mlp.experts.{e}.down_proj" for e in (6, 2, 9)]
     assert [piece[1:] for piece in found] == [(0, 20, (4, 5)), (20, 20, (4, 5)), (40, 20, (4, 5))]
-    (piece,) = pieces("layers.0.mlp.down_proj.weight", (4, 5), ep_rank=2)
+    (piece,) = pieces("layers.0.mlp.down_proj.weight", (4, 5))
     assert piece == ("layers.0.mlp.down_proj.weight", 0, 20, (4, 5))
+
+
+def test_stacked_experts_without_their_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"down_proj stacks 3 experts, but the numbers of 0 were given"):
+        pieces("mtp.0.block.mlp.experts.down_proj", (3, 4, 5))
 
 
 def test_pieces_cover_each_parameter_once():
     model = Transformer(TINY, LocalExchange(), device="meta")
+    experts = local_experts(model)
     for name, parameter in model.named_parameters():
-        found = pieces(name, tuple(parameter.shape), 0)
+        found = pieces(name, tuple(parameter.shape), experts.get(name, ()))
         assert [piece.start for piece in found] == [sum(p.numel for p in found[:i]) for i in range(len(found))]
         assert all(piece.numel == math.prod(piece.shape) for piece in found)
         assert sum(piece.numel for piece in found) == parameter.numel()

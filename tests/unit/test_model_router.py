@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.bias_histogram import BINS
 from model.router import Router, RoutingMemory, choose_experts, count_changed, sequence_balance
+from model.routing_stats import Collect, LayerStats
 from tests.unit.literal_model import TINY, choose
 
 CASES = {
@@ -30,7 +32,9 @@ def test_choice_weights_and_statistics_equal_literal_loops(case):
     config = CASES[case]
     module = router(config)
     x = torch.randn(2, 9, config.hidden_size)
-    topk_ids, topk_weights, counts, balance, changed = module(x)
+    topk_ids, topk_weights, *rest = module(x, RoutingMemory(Collect(True, True)))
+    stats = LayerStats(*rest)
+    counts, balance, changed = stats[:3]
     bias = module.e_score_correction_bias.tolist() if config.uses_bias else None
     logits = x.reshape(18, -1).double() @ module.weight.double().t()
     scores = (logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)).tolist()
@@ -52,6 +56,26 @@ def test_choice_weights_and_statistics_equal_literal_loops(case):
             f = config.n_routed_experts / (config.num_experts_per_tok * 9) * expected_counts[b, e].item()
             expected_balance += f * sum(s[e] / sum(s) for s in scores[b * 9 : b * 9 + 9]) / 9
     assert balance.item() == pytest.approx(expected_balance, rel=1e-5)
+    shares = torch.tensor([[one / sum(token) for one in token] for token in scores])
+    assert torch.allclose(stats.score_sums, shares.sum(0), rtol=1e-5)
+    assert stats.gate_entropy.item() == pytest.approx(-(shares * shares.log()).sum().item(), rel=1e-5)
+    pairs = torch.zeros_like(stats.coactivation)
+    for chosen in topk_ids.tolist():
+        for one in chosen:
+            for other in chosen:
+                pairs[one, other] += 1
+    assert torch.equal(stats.coactivation, pairs)
+    assert stats.coactivation.diagonal().tolist() == counts.tolist()
+    if config.uses_bias:
+        assert stats.bias_histogram.sum(1).tolist() == [18] * config.n_routed_experts
+        # whoever needs no further push has chosen the expert already
+        assert stats.bias_histogram[:, : BINS // 2].sum(1).tolist() == counts.tolist()
+
+
+def test_what_nobody_asked_for_is_not_made():
+    stats = LayerStats(*router(TINY)(torch.randn(1, 5, TINY.hidden_size))[2:])
+    assert stats.bias_histogram.shape == (TINY.n_routed_experts, 0)
+    assert stats.coactivation.numel() == 0
 
 
 def test_a_negative_biased_score_still_beats_a_closed_group():
@@ -66,7 +90,7 @@ def test_bias_steers_the_choice_and_leaves_weights_alone():
     module = router(replace(TINY, n_group=1, topk_group=1), bias=0.0)
     x = torch.randn(1, 5, TINY.hidden_size)
     module.e_score_correction_bias[6] = 10.0
-    topk_ids, topk_weights, counts, _, changed = module(x)
+    topk_ids, topk_weights, counts, _, changed, *_ = module(x)
     assert counts[6] == 5
     assert int(changed) <= 5
     scores = (x[0] @ module.weight.t()).sigmoid().gather(1, topk_ids)
@@ -82,11 +106,12 @@ def test_changed_counts_choices_and_not_tokens():
 
 
 def test_balance_is_one_per_sequence_when_even_and_its_gradient_lowers_the_crowded_expert():
-    even = sequence_balance(torch.full((3, 4, 8), 0.5), torch.ones(3, 8, dtype=torch.int64), 2)
+    even = sequence_balance(torch.full((3, 8), 4 / 8), torch.ones(3, 8, dtype=torch.int64), 2, 4)
     assert even.item() == pytest.approx(3.0)
     scores = torch.full((1, 4, 8), 0.5, requires_grad=True)
     counts = torch.tensor([[8, 0, 0, 0, 0, 0, 0, 0]])
-    sequence_balance(scores, counts, 2).backward()
+    shares = scores / scores.sum(-1, keepdim=True)
+    sequence_balance(shares.sum(1), counts, 2, 4).backward()
     assert (scores.grad[0, :, 0] > 0).all()
     assert (scores.grad[0, :, 1:] < 0).all()
 
@@ -94,7 +119,7 @@ def test_balance_is_one_per_sequence_when_even_and_its_gradient_lowers_the_crowd
 def test_gradient_reaches_the_gate_through_weights_and_balance_only():
     module = router(TINY)
     x = torch.randn(1, 6, TINY.hidden_size, requires_grad=True)
-    _, weights, _, balance, _ = module(x)
+    _, weights, _, balance, *_ = module(x)
     for scalar in (weights.square().sum(), balance):
         grad, grad_x = torch.autograd.grad(scalar, (module.weight, x), retain_graph=True)
         assert grad.abs().sum() > 0
@@ -126,5 +151,19 @@ def test_bias_keeps_every_bit_when_the_module_is_cast(cast):
 def test_bias_moves_between_devices_and_is_scored_in_fp32_under_bf16():
     assert router(TINY).to("meta").e_score_correction_bias.device.type == "meta"
     module = router(TINY).bfloat16()
-    _, weights, _, balance, _ = module(torch.randn(1, 4, TINY.hidden_size, dtype=torch.bfloat16))
+    _, weights, _, balance, *_ = module(torch.randn(1, 4, TINY.hidden_size, dtype=torch.bfloat16))
     assert weights.dtype == balance.dtype == torch.float32
+
+
+def test_autocast_rounds_no_statistic():
+    """Sums and counts are products as well, which autocast would make in bfloat16: exact up to 256 and no further."""
+    module = router(TINY)
+    x = torch.randn(1, 700, TINY.hidden_size)
+    x[:, :600] = x[:, :1]  # a pair of experts that more than 256 tokens choose together
+    exact = module(x, RoutingMemory(Collect(True, True)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(x, RoutingMemory(Collect(True, True)))
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert LayerStats(*exact[2:]).coactivation.max() > 256

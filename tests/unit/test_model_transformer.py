@@ -10,6 +10,7 @@ import model.transformer
 from model.attention import document_mask
 from model.config import YarnConfig
 from model.exchange import LocalExchange
+from model.router import RoutingMemory
 from model.transformer import Transformer
 from tests.unit.literal_model import TINY, Literal, batch, build
 
@@ -153,7 +154,7 @@ class _NudgedFunctions:
         return logits
 
 
-class _Forgetful:
+class _Forgetful(RoutingMemory):
     """A routing memory that remembers nothing."""
 
     topk_ids = property(lambda self: None, lambda self, ids: None)
