@@ -14,7 +14,8 @@ from launch.runfolder import REWIND, RunFolder
 MAX_DRAWN_STEPS = 480  # steps whose layers, loads and biases are drawn; more would be narrower than a pixel
 FIGURES = (
     "loss", "mtp_loss", "grad_norm", "tokens_per_second", "step_seconds", "data_wait_seconds", "all_to_all_seconds",
-    "exposed_all_to_all_seconds", "waiting_seconds", "bytes_sent", "mfu", "memory_gib", "max_vio", "max_vio_rank", "max_vio_floor", "dead_experts",
+    "exposed_all_to_all_seconds", "waiting_seconds", "bytes_sent", "mfu", "memory_gib", "max_vio", "max_vio_rank",
+    "max_vio_floor", "dead_experts",
     "bias_abs_max", "bias_rate", "changed_by_bias_share", "gate_entropy", "tokens",
 )  # fmt: skip
 
