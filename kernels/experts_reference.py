@@ -107,6 +107,7 @@ class ExpertsReference(torch.autograd.Function):
         source, token_of_row, gate_up, down, weights, hidden = ctx.saved_tensors
         needs_source, _, needs_gate_up, needs_down, needs_weights = ctx.needs_input_grad[:5]
         sparse = token_of_row is not None
+        grad_out = grads[0].contiguous()  # an expanded one, as that of a sum, no grouped product takes
         grad_source = (_sums_like(source) if sparse else torch.empty_like(source)) if needs_source else None
         grad_gate_up = _gradient_like(gate_up, ctx.counts) if needs_gate_up else None
         grad_down = _gradient_like(down, ctx.counts) if needs_down else None
@@ -120,7 +121,7 @@ class ExpertsReference(torch.autograd.Function):
                 inner = _product(piece, rows, first, source.new_empty(rows.shape[0], gate_up.shape[1]))
             else:
                 inner = hidden[here]
-            grad = grads[0].index_select(0, _tokens(piece, token_of_row)) if ctx.combine else grads[0][here]
+            grad = grad_out.index_select(0, _tokens(piece, token_of_row)) if ctx.combine else grad_out[here]
             grad_active = _product(piece, grad, down_matrices, inner.new_empty(inner.shape[0], down.shape[2]))
             gate, up = inner.chunk(2, dim=-1)
             silu = F.silu(gate)

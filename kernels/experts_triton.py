@@ -196,6 +196,8 @@ class ExpertsTriton(torch.autograd.Function):
         keep_hidden: bool,
     ) -> Tensor:
         source = source.contiguous()
+        token_of_row = None if token_of_row is None else token_of_row.contiguous()
+        weights = None if weights is None else weights.contiguous()
         n_rows = source.shape[0] if token_of_row is None else token_of_row.shape[0]
         rows = rows_on_device(counts, n_rows, source.device)
         keep = keep_hidden and any(ctx.needs_input_grad)

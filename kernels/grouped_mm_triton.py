@@ -1,7 +1,8 @@
 """Triton kernels of the grouped product: rows by each expert's weight, and each expert's weight gradient.
 
-Rows may be given by index, and are then gathered while they are loaded. Tiles are listed on the device from row counts
-that lie there, so nothing waits for the host. No atomics: the same input gives the same bits.
+For a weight's gradient rows may be given by index, and are then gathered while they are loaded (for the forward see
+kernels/experts_triton.py). Tiles are listed on the device from row counts that lie there, so nothing waits for the
+host. No atomics: the same input gives the same bits.
 """
 
 # D input width, N output width, L local experts, R rows (grouped by expert, ascending)
@@ -80,12 +81,12 @@ def load_part(pointers, mask, WHOLE: tl.constexpr):
 
 @triton.jit
 def rows_kernel(
-    x_ptr, index_ptr, weight_ptr, scale_ptr, out_ptr, table_ptr, count_ptr, bounds_ptr,
+    x_ptr, weight_ptr, scale_ptr, out_ptr, table_ptr, count_ptr, bounds_ptr,
     n_experts, inner, wide, expert_stride, inner_stride, wide_stride,
-    GATHER: tl.constexpr, SCALE: tl.constexpr, WHOLE: tl.constexpr,
+    SCALE: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of rows times a tile of their expert's weight, summed in fp32; x (., inner), out (R, wide) contiguous."""
+    """Tiles of rows times a tile of their expert's weight, summed in fp32; x (R, inner), out (R, wide) contiguous."""
     n_columns = tl.cdiv(wide, WIDE)
     n_tiles = tl.load(count_ptr)
     for item in range(tl.program_id(0), n_tiles * n_columns, tl.num_programs(0)):
@@ -94,14 +95,11 @@ def rows_kernel(
         mine = rows < end
         # Rows past the expert's end are computed from a row that exists, and not stored.
         rows = tl.where(mine, rows, first)
-        if GATHER:
-            sources = tl.load(index_ptr + rows).to(tl.int64)
-        else:
-            sources = rows.to(tl.int64)
+        places = rows.to(tl.int64)[:, None]
         columns = column * WIDE + tl.arange(0, WIDE)
         inside = columns < wide
         depth = tl.arange(0, INNER)
-        x_part = x_ptr + sources[:, None] * inner + depth[None, :]
+        x_part = x_ptr + places * inner + depth[None, :]
         weight_part = (
             weight_ptr
             + tl.minimum(expert, n_experts - 1).to(tl.int64) * expert_stride
@@ -120,7 +118,7 @@ def rows_kernel(
         if SCALE:
             total *= tl.load(scale_ptr + rows)[:, None].to(tl.float32)
         tl.store(
-            out_ptr + rows.to(tl.int64)[:, None] * wide + columns[None, :],
+            out_ptr + places * wide + columns[None, :],
             total.to(out_ptr.dtype.element_ty),
             mask=mine[:, None] & inside[None, :],
         )
@@ -217,18 +215,15 @@ def candidates(dtype: torch.dtype, half: tuple[Blocks, ...] = HALF) -> tuple[Blo
     return FULL if dtype == torch.float32 else half
 
 
-def rows_product(
-    x: Tensor, weight: Tensor, rows: Rows, transpose: bool, index: Tensor | None = None, scale: Tensor | None = None
-) -> Tensor:
+def rows_product(x: Tensor, weight: Tensor, rows: Rows, transpose: bool, scale: Tensor | None = None) -> Tensor:
     """Each row by its expert's weight.
 
     Args:
-        x: (R, D) rows; with `index`, (T, D) that it points into.
+        x: (R, D) rows.
         weight: (L, N, D).
         rows: of R.
         transpose: (R, D) -> (R, N); False: (R, N) -> (R, D).
-        index: (R,) which row of x each row is.
-        scale: (R,) multiplied onto the result before it is rounded.
+        scale: (R,), dense, multiplied onto the result before it is rounded.
 
     Returns:
         (R, N) or (R, D) in x's dtype, padding rows zero.
@@ -244,15 +239,15 @@ def rows_product(
         tiles = row_tiles(rows, blocks.rows)
         items = tiles.limit * triton.cdiv(wide, blocks.wide)
         rows_kernel[(n_programs(items, blocks, x.device),)](
-            x, x if index is None else index, matrix, x if scale is None else scale, out, tiles.table, tiles.n_tiles,
-            rows.bounds, rows.n_experts, inner, wide, *matrix.stride(),
-            GATHER=index is not None, SCALE=scale is not None,
+            x, matrix, x if scale is None else scale, out, tiles.table, tiles.n_tiles, rows.bounds, rows.n_experts,
+            inner, wide, *matrix.stride(),
+            SCALE=scale is not None,
             WHOLE=inner % blocks.inner == 0 and wide % blocks.wide == 0,
             ROWS=blocks.rows, WIDE=blocks.wide, INNER=blocks.inner, GROUP=blocks.group,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
-    key = (size_class(rows.n_rows), rows.n_experts, inner, wide, transpose, index is not None, x.dtype)
+    key = (size_class(rows.n_rows), rows.n_experts, inner, wide, transpose, x.dtype)
     launch(blocks_for("rows_product", key, x.device, candidates(x.dtype), launch))
     return out
 
@@ -263,8 +258,8 @@ def weights_product(
     """Each expert's sum of outer products.
 
     Args:
-        left: (R, N), or (T, N) with `left_index` (R,).
-        right: (R, D), or (T, D) with `right_index` (R,).
+        left: (R, N), or (T, N) with `left_index` (R,), dense.
+        right: (R, D), or (T, D) with `right_index` (R,), dense.
 
     Returns:
         (L, N, D) in right's dtype; zero for an expert with no row.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -104,11 +103,6 @@ def measure_blocks(
     best = min(times, key=lambda candidate: times[candidate])
     cache.put(device, op, key, list(best))
     return best
-
-
-def interpreted() -> bool:
-    """Whether Triton runs in its interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _too_large() -> tuple[type[BaseException], ...]:

@@ -39,6 +39,10 @@ class Sizes:
 
 GPU = Sizes(32768, 2048, 768, 128, 8, 129_280, 8192, 2048)
 CPU = Sizes(1024, 256, 128, 16, 4, 129_280, 512, 256)
+OPERATIONS = (
+    "experts_mlp", "grouped_linear", "permute", "unpermute", "rms_norm", "rotate", "swiglu", "router_topk",
+    "quantize_rows", "linear_cross_entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def _routed(sizes: Sizes, device: torch.device, dtype: torch.dtype, routing: str
     counts = tuple(torch.bincount(ids.flatten(), minlength=experts).tolist())
     moved = Permutation(*(index.to(device) for index in sort_by_expert(ids)))
     token_of_row = torch.div(moved.order, top_k, rounding_mode="floor")
+    on_device = ids.to(device, torch.int32)
     weights = torch.rand(tokens, top_k, device=device)
     x = torch.randn(tokens, hidden, device=device, dtype=dtype)
     gate_up = torch.randn(experts, 2 * width, hidden, device=device, dtype=dtype) / hidden**0.5
@@ -105,7 +110,12 @@ def _routed(sizes: Sizes, device: torch.device, dtype: torch.dtype, routing: str
     forward = 6.0 * n_rows * hidden * width
     yield Case(
         "experts_mlp", shape, routing, (x, gate_up, down, weights),
-        _peers(whole, device) | {"torch grouped_mm": composite}, (forward, 3 * forward),
+        _peers(whole, device) | {"torch grouped_mm": composite}
+        | _liger(
+            "ops.fused_moe", "LigerFusedMoEFunction", device,
+            lambda f: lambda x, gate_up, down, weights: f.apply(x, gate_up, down, on_device, weights),
+        ),
+        (forward, 3 * forward),
     )  # fmt: skip
 
     def product(backend: Any) -> Callable[..., Tensor]:
@@ -188,6 +198,7 @@ def _plain(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[C
     yield Case(
         "linear_cross_entropy", f"T{tokens} H{hidden} V{vocab}", "", (x, head),
         _peers(lambda backend: lambda x, w: linear_cross_entropy(x, w, targets, 0, backend), device)
+        | {"trimtab in the model": lambda x, w: linear_cross_entropy(x, w, targets)}  # keeps some logits
         | {"torch whole logits": lambda x, w: F.cross_entropy((x @ w.t()).float(), targets, reduction="none")}
         | _liger(
             "transformers.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyLoss", device,

@@ -80,9 +80,11 @@ def ours(shape: LayerShape, weights: dict[str, Tensor], rank: int, ep_size: int,
         [weights["gate"], weights["gate_up"][mine], weights["down"][mine], weights["shared_gate"],
          weights["shared_up"], weights["shared_down"]],
     )  # fmt: skip
-    return Layer(
-        lambda x: module(x)[0], list(module.parameters()), exposed=lambda: ranks.ep.traffic.reset().exposed_seconds
-    )
+
+    def exposed() -> float:
+        return ranks.ep.traffic.reset().exposed_seconds
+
+    return Layer(lambda x: module(x)[0], list(module.parameters()), exposed=exposed if ep_size > 1 else None)
 
 
 def transformers_layer(shape: LayerShape, weights: dict[str, Tensor], experts: str) -> Any:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.bench_moe_layers import SCALE, WAYS, LayerShape, draw_weights
+from launch.bench_moe_layers import SCALE, WAYS, Layer, LayerShape, draw_weights
 from launch.bench_ranks import PeakMemory
 
 ROUTINGS = ("natural", "even")
@@ -65,7 +65,7 @@ def loads(shape: LayerShape, gate: Tensor, x: Tensor) -> Tensor:
 
 
 def measure(job: dict[str, Any], rank: int, n_ranks: int) -> list[dict[str, Any]]:
-    """Times forward and backward of job["way"]; job: way, shape, inner (timed runs a routing), check."""
+    """Times forward and backward of job["way"]; job: way, shape, inner (timed runs a routing)."""
     shape = LayerShape(**job["shape"])
     weights = draw_weights(shape)
     busiest = {"now": 0}
@@ -79,8 +79,7 @@ def measure(job: dict[str, Any], rank: int, n_ranks: int) -> list[dict[str, Any]
         dist.all_reduce(most, dist.ReduceOp.MAX)
         dist.all_reduce(counts)
         busiest["now"] = int(most)
-        errors = _errors(layer, shape, weights, x, upstream) if job["check"] else {}
-        memory = PeakMemory()
+        errors = _errors(layer, shape, weights, x, upstream)
         forward, backward, exposed = [], [], []
         for number in range(_WARM_UP + job["inner"]):
             for parameter in layer.parameters:
@@ -101,7 +100,7 @@ def measure(job: dict[str, Any], rank: int, n_ranks: int) -> list[dict[str, Any]
         found.append({
             "routing": routing, "forward": _slowest(forward), "backward": _slowest(backward),
             "seconds": _slowest([f + b for f, b in zip(forward, backward, strict=True)]),
-            "exposed": _slowest(exposed) if layer.exposed else None, "peak_mib": memory.mib(),
+            "exposed": _slowest(exposed) if layer.exposed else None,
             "busiest_over_mean": float(counts.max() / counts.double().mean()), **errors,
         })  # fmt: skip
     return found
@@ -114,15 +113,25 @@ def _slowest(seconds: list[float]) -> float:
     return float(most.median())
 
 
-def _errors(layer: Any, shape: LayerShape, weights: dict[str, Tensor], x: Tensor, upstream: Tensor) -> dict[str, float]:
-    """Greatest difference from the plain layer, relative to its greatest value: of the output and of dx."""
-    leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+def _errors(
+    layer: Layer, shape: LayerShape, weights: dict[str, Tensor], x: Tensor, upstream: Tensor
+) -> dict[str, float | None]:
+    """One run: its memory, gradients of the weights included, and the greatest difference from the plain layer,
+    relative to that layer's greatest value, of the output and of the input's gradient."""
+    layer.run(x.clone().requires_grad_()).backward(upstream)  # reads programs from disk, which is memory too
+    for parameter in layer.parameters:
+        parameter.grad = None
+    leaf = x.clone().requires_grad_()
+    memory = PeakMemory()
     out = layer.run(leaf)
     out.backward(upstream)
+    peak = memory.mib()
+    exact = x.double().requires_grad_()
     wanted = plain_layer(shape, weights, exact, layer.softmax)
     wanted.backward(upstream.double())
     assert leaf.grad is not None and exact.grad is not None
     return {
+        "peak_mib": peak,
         "output_error": float((out.detach() - wanted).abs().max() / wanted.abs().max()),
         "gradient_error": float((leaf.grad - exact.grad).abs().max() / exact.grad.abs().max()),
     }

@@ -3,6 +3,7 @@
 python -m launch.bench_ranks MODULE:FUNCTION FOLDER RANK RANKS      (FOLDER holds job.json)
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -28,11 +29,12 @@ class RankError(RuntimeError):
 
 
 def run_ranks(function: str, job: dict[str, Any], n_ranks: int, timeout_s: float = 900) -> list[Any]:
-    """Calls `module:function(job, rank, n_ranks)` in new processes that are joined through Gloo, one thread each.
+    """Calls `module:function(job, rank, n_ranks)` in new processes that are joined through Gloo.
 
     Args:
         function: its result must be JSON-able.
-        job: JSON-able.
+        job: JSON-able. "threads": of each process (1 where absent). "keep_freed_memory": false for the C library's own
+            allocator settings instead of launch/allocator.py's.
 
     Returns:
         The results by rank.
@@ -41,9 +43,10 @@ def run_ranks(function: str, job: dict[str, Any], n_ranks: int, timeout_s: float
         RankError: one failed or did not end in time.
     """
     folder = Path(tempfile.mkdtemp(prefix="trimtab-bench-"))
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.get("threads", 1)))
     quiet = {"GLOO_SOCKET_IFNAME": "lo", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **threads, **quiet, "PYTHONPATH": str(_ROOT)}
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **threads, **quiet, "PYTHONPATH": path}
     (folder / "job.json").write_text(json.dumps(job))
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -81,6 +84,9 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self._before = None
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)  # what was freed goes back to the system: room that is used again must count again
         try:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             self._before = _resident("VmRSS")
@@ -105,13 +111,13 @@ def _main(function: str, folder: Path, rank: int, n_ranks: int) -> None:
     from launch.allocator import keep_freed_memory
     from parallel.ranks import join_process_group
 
-    torch.set_num_threads(1)
-    keep_freed_memory()  # the same for whoever is measured
+    job = json.loads((folder / "job.json").read_text())
+    torch.set_num_threads(job.get("threads", 1))
+    if job.get("keep_freed_memory", True):  # the same for whoever is measured
+        keep_freed_memory()
     module, _, name = function.partition(":")
     join_process_group(f"file://{folder}/rendezvous", rank, n_ranks, "gloo", 600, None)
-    result = getattr(importlib.import_module(module), name)(
-        json.loads((folder / "job.json").read_text()), rank, n_ranks
-    )
+    result = getattr(importlib.import_module(module), name)(job, rank, n_ranks)
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
     torch.distributed.barrier()
 
