@@ -1,8 +1,9 @@
 """What a rank is told about itself, and what a launcher reports when all ranks have ended."""
 
 import json
-import threading
 from dataclasses import dataclass, field, fields
+
+from cluster.flag import StopFlag
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -32,7 +33,7 @@ class RankContext:
     init_method: str
     generation: int = 0
     launcher: str = "debug"
-    stop: threading.Event = field(default_factory=threading.Event, compare=False)
+    stop: StopFlag = field(default_factory=StopFlag, compare=False)
     interface: str | None = None
     device_index: int = 0
 

@@ -7,10 +7,11 @@ from types import FrameType
 
 from cluster.context import LaunchResult, RankContext
 from cluster.entry import encode, run_entry
+from cluster.flag import StopFlag
 from cluster.outcome import conclude
 
 
-def run(entry: str, payload: dict, *, stop: threading.Event | None = None, generation: int = 0) -> LaunchResult:
+def run(entry: str, payload: dict, *, stop: StopFlag | None = None, generation: int = 0) -> LaunchResult:
     """Runs the entry as the only rank of a world of one.
 
     The first Ctrl-C (or SIGTERM) sets context.stop, a second Ctrl-C raises KeyboardInterrupt. A debugger that takes
@@ -27,7 +28,7 @@ def run(entry: str, payload: dict, *, stop: threading.Event | None = None, gener
         init_method="",
         generation=generation,
         launcher="debug",
-        stop=stop or threading.Event(),
+        stop=stop or StopFlag(),
     )
 
     def ask(number: int, frame: FrameType | None) -> None:

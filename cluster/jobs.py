@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_STOPPED
+from cluster.flag import StopFlag
 from cluster.job_main import find_exit_code
 from cluster.local import print_line
 from cluster.signals import StopSignals
@@ -43,7 +44,7 @@ def submit(
     metadata: Mapping[str, str] | None = None,
     stop_grace_s: float = 60.0,
     entrypoint_num_cpus: float = 0,
-    stop: threading.Event | None = None,
+    stop: StopFlag | None = None,
     on_output: Callable[[str], None] = print_line,
 ) -> int:
     """Runs a command on the cluster and returns its exit status: 0, 75, 2, or 1 for any other end.

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from cluster.config import ClusterConfig
 from cluster.context import LaunchResult, RankContext, RankFailure
 from cluster.entry import encode, loopback_interface, prepare_environment, thread_count
+from cluster.flag import StopFlag
 from cluster.logs import LogTail, last_lines, rank_log
 from cluster.outcome import conclude
 from cluster.process import signal_group
@@ -41,7 +41,7 @@ def run(
     *,
     log_dir: Path,
     generation: int = 0,
-    stop: threading.Event | None = None,
+    stop: StopFlag | None = None,
     on_output: Callable[[str], None] = print_line,
 ) -> LaunchResult:
     """Runs the entry in spec.workers processes and waits for all of them.

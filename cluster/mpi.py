@@ -10,13 +10,13 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.context import LaunchResult, RankContext
 from cluster.entry import encode, loopback_interface, prepare_environment, run_entry, thread_count
+from cluster.flag import StopFlag
 from cluster.logs import KeptOutput, rank_log
 from cluster.outcome import conclude
 from cluster.ports import PortHold, interface_of, own_address
@@ -65,7 +65,7 @@ def run(
     log_dir: Path,
     ep_size: int = 1,
     generation: int = 0,
-    stop: threading.Event | None = None,
+    stop: StopFlag | None = None,
 ) -> LaunchResult:
     """Runs the entry as one rank of the MPI world; every process calls this and gets the same result.
 
@@ -138,7 +138,7 @@ def _mpi() -> Any:
 
 
 def _context(
-    rank: int, seat: Seat, world_size: int, n_nodes: int, address: str, generation: int, stop: threading.Event
+    rank: int, seat: Seat, world_size: int, n_nodes: int, address: str, generation: int, stop: StopFlag
 ) -> RankContext:
     return RankContext(
         rank=rank,

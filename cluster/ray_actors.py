@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from cluster.config import ClusterConfig
 from cluster.context import EXIT_FAILED, LaunchResult
 from cluster.entry import encode
+from cluster.flag import StopFlag
 from cluster.local import print_line
 from cluster.outcome import conclude, refused
 from cluster.ray_gang import Gang, GangError
@@ -57,7 +57,7 @@ def run(
     log_dir: Path,
     ep_size: int = 1,
     generation: int = 0,
-    stop: threading.Event | None = None,
+    stop: StopFlag | None = None,
     on_output: Callable[[str], None] = print_line,
     code: Path | None = None,
     folders: Sequence[str] = ROOMS,

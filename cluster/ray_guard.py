@@ -12,10 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+from cluster.flag import StopFlag
 from cluster.process import adopt_orphans, descendants, die_with_parent, end_processes, reap, watch_pipe
 
 MARK_NAME = "TRIMTAB_RAY_SESSION"
@@ -31,7 +31,7 @@ def without_ray_client(ray_params: object, head: bool) -> None:
 def main(spec_path: str) -> int:
     """Runs until Ray or the owner has ended; returns 0 when nothing of the session is left, 1 otherwise."""
     spec = json.loads(Path(spec_path).read_text())
-    wake = threading.Event()
+    wake = StopFlag()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: wake.set())
     adopt_orphans()

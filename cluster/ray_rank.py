@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster.context import RankContext
 from cluster.entry import prepare_environment, run_entry, thread_count
+from cluster.flag import StopFlag
 from cluster.logs import LogTail, redirect_output
 from cluster.ports import PortHold, interface_of
 
@@ -19,7 +20,7 @@ class RankActor:
     """A worker without a rank at first; `begin` gives it one. Created with max_restarts=0 and max_concurrency > 1."""
 
     def __init__(self) -> None:
-        self._stop = threading.Event()
+        self._stop = StopFlag()
         self._report: dict | None = None
         self._port: PortHold | None = None
         self._tail: LogTail | None = None

@@ -4,6 +4,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from cluster.flag import StopFlag
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -14,9 +16,9 @@ class StopSignals:
     A repeated SIGTERM does not force: schedulers send it to a process and again to its group.
     """
 
-    def __init__(self, stop: threading.Event | None = None, extra: tuple[signal.Signals, ...] = ()) -> None:
-        self.stop = stop or threading.Event()
-        self.force = threading.Event()
+    def __init__(self, stop: StopFlag | None = None, extra: tuple[signal.Signals, ...] = ()) -> None:
+        self.stop = stop or StopFlag()
+        self.force = StopFlag()
         self.name = ""  # of the signal that asked first
         self._signals = STOP_SIGNALS + extra
         self._previous: dict[int, object] = {}

@@ -91,7 +91,7 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _settings(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [
-        f"  {row['arm']:<14}{row['setting']}; {row['active_parameters']:,} of {row['parameters']:,} parameters active"
+        f"  {row['arm']:<16}{row['setting']}; {row['active_parameters']:,} of {row['parameters']:,} parameters active"
         for row in rows
     ]
 

@@ -4,7 +4,6 @@ import base64
 import json
 import resource
 import sys
-import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.flag import StopFlag
 from data.foreign import ForeignStream
 from data.stream import Stream
 from launch import balance_stats
@@ -49,7 +49,7 @@ class Session:
     guard: Guard
     alarms: Alarms
     placement: Rebalancer
-    stop: threading.Event
+    stop: StopFlag
     tokens: int = 0
     masked: int = 0  # sequences masked because a sample was damaged, all ranks
 
@@ -95,7 +95,7 @@ class Session:
         if not last:
             self.placement.move(table, path, step)
         if self.ranks.dp.rank == 0:
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep)
+            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, step)
 
     def judge_balance(self, step: int, counts: Tensor) -> list[Alarm]:
         """Judges a kept step's loads (M, E), writes its alarms, and raises the rate where one asks for it.
@@ -167,7 +167,7 @@ def assemble(
     run: RunFolder,
     ranks: Ranks,
     device: torch.device,
-    stop: threading.Event,
+    stop: StopFlag,
     *,
     local_rank: int = 0,
     plain: bool = False,

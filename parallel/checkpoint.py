@@ -336,11 +336,20 @@ def _refuse_together(wrong: list[str], communicator: Communicator) -> None:
         raise CheckpointError("; ".join(everywhere))
 
 
-def prune(root: Path, keep: int) -> list[Path]:
-    """Deletes all but the newest `keep` committed checkpoints, and drafts that a dead run left; returns what went."""
+def prune(root: Path, keep: int, newest: int) -> list[Path]:
+    """Deletes what a run needs no more, just after it saved; returns what went.
+
+    All but the `keep` newest checkpoints (0 keeps all), drafts that a dead run left, and checkpoints of later steps:
+    these are of a history that was given up, since the run went back before them, damaged ones above all. Counted as
+    the newest they would push out the readable ones.
+
+    Args:
+        newest: the step that was just saved.
+    """
     for draft in root.glob(".step-*"):
         shutil.rmtree(draft, ignore_errors=True)
-    gone = committed(root)[:-keep] if keep > 0 else []
+    mine = [path for path in committed(root) if path.name <= step_folder(root, newest).name]
+    gone = [path for path in committed(root) if path not in mine] + (mine[:-keep] if keep > 0 else [])
     for path in gone:
         (path / "COMMIT").unlink()  # first make it not a checkpoint, then remove it: never half a published one
         shutil.rmtree(path)

@@ -9,7 +9,6 @@ layout, and all that follows has to be equal bit for bit.
 # B batch, S seq, D hidden, E routed experts, M MoE layers (prediction modules included)
 
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from cluster.flag import StopFlag
 from data.config import DataConfig
 from launch.config import CheckpointConfig, Config, TelemetryConfig, TrainConfig
 from launch.evaluate import predict
@@ -243,9 +243,7 @@ def segment(
     layout, until = scenario.segments[number]
     config = scenario.config(data, layout, until)
     run = RunFolder(folder)
-    session = assemble(
-        config, run, ranks, torch.device("cpu"), threading.Event(), local_rank=ranks.dp.rank, plain=plain
-    )
+    session = assemble(config, run, ranks, torch.device("cpu"), StopFlag(), local_rank=ranks.dp.rank, plain=plain)
     try:
         steps = follow(scenario, session)
         if hook:

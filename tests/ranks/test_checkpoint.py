@@ -1,6 +1,7 @@
 """Checkpoints: continuing is bit for bit the undisturbed run, and any layout reads any other's."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,18 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
         (tmp_path / "step-00000002").rename(checkpoint.step_folder(tmp_path, step))
         (tmp_path / "moved").rename(tmp_path / "step-00000002")
     (tmp_path / ".step-00000008.tmp").mkdir()
-    assert [path.name for path in checkpoint.prune(tmp_path, keep=2)] == ["step-00000002"]
+    assert [path.name for path in checkpoint.prune(tmp_path, keep=2, newest=6)] == ["step-00000002"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_prune_keeps_what_a_run_saved_after_it_went_back(tmp_path: Path) -> None:
+    for step in (2, 4, 9):
+        save_virtual(tmp_path)
+        if step > 2:
+            shutil.copytree(tmp_path / "step-00000002", checkpoint.step_folder(tmp_path, step))
+    gone = checkpoint.prune(tmp_path, keep=1, newest=4)  # 9 was damaged, the run went back to 2 and saved 4
+    assert sorted(path.name for path in gone) == ["step-00000002", "step-00000009"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
 def test_another_model_is_refused_with_the_tensor_named(tmp_path: Path, monkeypatch) -> None:

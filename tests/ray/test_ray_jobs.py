@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster import jobs
+from cluster.flag import StopFlag
 from cluster.ray_local import start_local
 from cluster.staging import stage
 
@@ -46,7 +47,7 @@ def test_a_job_runs_its_ranks_from_the_files_that_were_sent(ray_cluster, job_dir
 
 
 def test_a_stopped_job_saves_and_returns_75(ray_cluster, job_dir, tmp_path):
-    stop = threading.Event()
+    stop = StopFlag()
     shown = []
 
     def show(text):

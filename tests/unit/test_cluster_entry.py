@@ -1,12 +1,12 @@
 """Entries by name, JSON in and out, and the environment of a rank."""
 
 import json
-import threading
 
 import pytest
 
 from cluster.context import RankContext
 from cluster.entry import encode, prepare_environment, resolve, run_entry, thread_count
+from cluster.flag import StopFlag
 
 ENTRIES = "tests.ray.entries"
 
@@ -20,7 +20,7 @@ def test_context_survives_json_without_its_event():
     original = context(generation=3, launcher="ray", interface="eth0", device_index=1)
     copy = RankContext.from_json(original.to_json())
     assert copy == original
-    assert isinstance(copy.stop, threading.Event) and copy.stop is not original.stop
+    assert isinstance(copy.stop, StopFlag) and copy.stop is not original.stop
 
 
 @pytest.mark.parametrize("name", ["os", "os:", ":f", "os:no such", "os:path", "json:missing"])
