@@ -3,7 +3,6 @@
 # T tokens of a rank, E experts, K top-k
 
 import importlib
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.flag import StopFlag
 from data.config import DataConfig
 from data.stream import MicroBatch
 from launch.bench_hf import hf_model
@@ -206,7 +206,7 @@ class OurRun:
             run.create(dump(config))
         torch.distributed.barrier()
         ranks = process_ranks(config.parallel.ep_size, 600)
-        self.session = assemble(config, run, ranks, CPU, threading.Event(), local_rank=rank)
+        self.session = assemble(config, run, ranks, CPU, StopFlag(), local_rank=rank)
 
     def train(self, first: int, steps: int) -> Iterator[dict[str, Any]]:
         """Trains from step `first` to `steps`; what metrics.jsonl says of each, on rank 0."""
