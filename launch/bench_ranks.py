@@ -33,8 +33,8 @@ def run_ranks(function: str, job: dict[str, Any], n_ranks: int, timeout_s: float
 
     Args:
         function: its result must be JSON-able.
-        job: JSON-able. "threads": of each process (1 where absent). "keep_freed_memory": false for the C library's own
-            allocator settings instead of launch/allocator.py's.
+        job: JSON-able. "threads": of each process (1 where absent, null for what torch takes by itself).
+            "keep_freed_memory": false for the C library's own allocator settings, not launch/allocator.py's.
 
     Returns:
         The results by rank.
@@ -43,10 +43,13 @@ def run_ranks(function: str, job: dict[str, Any], n_ranks: int, timeout_s: float
         RankError: one failed or did not end in time.
     """
     folder = Path(tempfile.mkdtemp(prefix="trimtab-bench-"))
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.get("threads", 1)))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    wanted = job.get("threads", 1)
+    threads = {} if wanted is None else dict.fromkeys(names, str(wanted))
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
     quiet = {"GLOO_SOCKET_IFNAME": "lo", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, **threads, **quiet, "PYTHONPATH": path}
+    environment = {**inherited, **threads, **quiet, "PYTHONPATH": path}
     (folder / "job.json").write_text(json.dumps(job))
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -112,7 +115,8 @@ def _main(function: str, folder: Path, rank: int, n_ranks: int) -> None:
     from parallel.ranks import join_process_group
 
     job = json.loads((folder / "job.json").read_text())
-    torch.set_num_threads(job.get("threads", 1))
+    if (threads := job.get("threads", 1)) is not None:
+        torch.set_num_threads(threads)
     if job.get("keep_freed_memory", True):  # the same for whoever is measured
         keep_freed_memory()
     module, _, name = function.partition(":")

@@ -82,7 +82,7 @@ def _measure(
             job = {
                 "way": name, "shape": asdict(shape), "data": str(data), "run": str(folder / f"{name}-{number}"),
                 "warm_up": options.warm_up, "steps": options.steps, "keep_freed_memory": WAYS[name].tuned,
-                "threads": options.threads,
+                "threads": options.threads if WAYS[name].few_threads else None,
                 "profile": options.profile and name == OURS and number == options.repeats - 1,
             }  # fmt: skip
             try:

@@ -149,19 +149,22 @@ class Way:
     """peer: makes it, of (shape, rank, ranks, seed); None is ours. spreads: experts over all ranks, of ours.
 
     tuned: with our settings of the C library's allocator, which a peer's user would not have.
+    few_threads: with as many threads as the benchmark says, not as many as torch takes by itself (one a core). torchrun
+    sets one thread for each process; DeepSpeed's launcher leaves it to torch unless told to bind cores.
     """
 
     peer: Callable[[StepShape, int, int, int], Peer] | None
     packages: tuple[str, ...] = ("deepspeed",)
     spreads: bool = True
     tuned: bool = True
+    few_threads: bool = True
 
 
-def _auto_ep(grouped: bool, tuned: bool = True) -> Way:
+def _auto_ep(grouped: bool, launched: bool = False) -> Way:
     def make(shape: StepShape, rank: int, ranks: int, seed: int) -> Peer:
         return AutoEP(shape, rank, ranks, grouped, seed)
 
-    return Way(make, ("deepspeed", "transformers"), tuned=tuned)
+    return Way(make, ("deepspeed", "transformers"), tuned=not launched, few_threads=not launched)
 
 
 def _data_parallel(experts: str, tuned: bool = True) -> Way:
@@ -176,7 +179,7 @@ WAYS: dict[str, Way] = {
     "trimtab, ep 1": Way(None, spreads=False),
     "DeepSpeed AutoEP": _auto_ep(grouped=True),
     "DeepSpeed AutoEP, loop": _auto_ep(grouped=False),
-    "AutoEP as installed": _auto_ep(grouped=True, tuned=False),
+    "AutoEP as launched": _auto_ep(grouped=True, launched=True),
     "transformers eager": _data_parallel("eager"),
     "transformers grouped_mm": _data_parallel("grouped_mm"),
     "eager as installed": _data_parallel("eager", tuned=False),
