@@ -22,13 +22,13 @@ from launch.guard import Guard
 from launch.rebalance import Rebalancer
 from launch.runfolder import RunFolder
 from launch.telemetry import Telemetry
-from model.exchange import Exchange, LocalExchange
 from model.init import init_weights
+from model.moe import MoE
 from model.transformer import Transformer
 from parallel import checkpoint
 from parallel.balance import Balancer
 from parallel.engine import Engine, PlainEngine
-from parallel.exchange import AllToAllExchange
+from parallel.exchange import make_exchange
 from parallel.ranks import Ranks
 
 
@@ -179,8 +179,11 @@ def assemble(
         local_rank: place on the node, for DeepSpeed.
         stop: set when a graceful stop was asked for.
     """
-    exchange: Exchange = AllToAllExchange(ranks.ep) if ranks.layout.ep_size > 1 else LocalExchange()
+    exchange = make_exchange(config.parallel, ranks)
     model = Transformer(config.model, exchange, recompute=config.parallel.recompute)
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            module.label = name
     init_weights(model, config.train.seed)
     model.to(device)
     engine = build_engine(config, model, ranks, device, local_rank, plain)

@@ -2,9 +2,11 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
 from launch.config import dump
@@ -21,22 +23,24 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def start(plan: Plan, cause: str) -> LaunchResult:
+def start(plan: Plan, cause: str, *, entry: str = ENTRY, extra: Mapping[str, Any] | None = None) -> LaunchResult:
     """Packs what has to be packed, writes the run's configuration, and trains under the plan's launcher.
 
     Args:
         plan: from `preflight.check`.
         cause: why the run is started, for events.jsonl.
+        entry: what every rank runs, "module:function"; a benchmark has one of its own around the usual one.
+        extra: JSON-able, for that entry; added to the payload.
 
     Raises:
         ConfigError: another process is training into the same folder.
     """
     first = is_first(plan.launcher)
     with only_driver(plan.run) if first else nullcontext():
-        return _start(plan, cause, first)
+        return _start(plan, cause, first, entry, extra or {})
 
 
-def _start(plan: Plan, cause: str, first: bool) -> LaunchResult:
+def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, Any]) -> LaunchResult:
     for note in plan.notes if first else ():
         say(note)
     if first:
@@ -50,33 +54,34 @@ def _start(plan: Plan, cause: str, first: bool) -> LaunchResult:
         "resume": plan.resume,
         "accepted": list(plan.accepted),
         "cause": cause,
+        **extra,
     }
     started = time.monotonic()
-    result = _launch(plan, payload)
+    result = _launch(plan, entry, payload)
     if first:
         _record_end(plan, result, time.monotonic() - started)
     return result
 
 
-def _launch(plan: Plan, payload: dict) -> LaunchResult:
+def _launch(plan: Plan, entry: str, payload: dict) -> LaunchResult:
     spec, log_dir = plan.config.cluster, RunFolder(plan.run).logs
     if plan.launcher == "debug":
         from cluster import debug
         from launch.debugger import one_thread_at_a_time
 
         with one_thread_at_a_time():
-            return debug.run(ENTRY, payload)
+            return debug.run(entry, payload)
     if plan.launcher == "local":
         from cluster import local
 
-        return local.run(ENTRY, payload, spec, log_dir=log_dir)
+        return local.run(entry, payload, spec, log_dir=log_dir)
     if plan.launcher == "mpi":
         from cluster import mpi
 
-        return mpi.run(ENTRY, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size)
+        return mpi.run(entry, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size)
     from cluster import ray_actors
 
-    return ray_actors.run(ENTRY, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size, code=ROOT)
+    return ray_actors.run(entry, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size, code=ROOT)
 
 
 def is_first(launcher: str) -> bool:

@@ -1,6 +1,7 @@
 """The entry of every rank: joins the others, builds a session, resumes, trains."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,22 @@ from cluster.context import RankContext
 from launch.allocator import keep_freed_memory
 from launch.config import Config, from_tables
 from launch.runfolder import RunFolder
-from launch.session import assemble
+from launch.session import Session, assemble
 from launch.train import train
 from parallel.ranks import Ranks, choose_device, join_process_group, process_ranks, single_rank, virtual_ranks
 from parallel.threads import run_virtual_ranks
 
+Prepare = Callable[[Session], None]
 
-def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
+
+def main(context: RankContext, payload: dict[str, Any], prepare: Prepare | None = None) -> dict[str, Any]:
     """Trains one rank.
 
     Args:
         context: the rank's place.
         payload: config (tables), run (path), resume (auto, must, never), accepted (changed keys the user accepts),
             cause (why the run was started, for events.jsonl).
+        prepare: called with the session before the first step; for benchmarks, which put their timers around it.
 
     Returns:
         {"status": "done" or "stopped", "step": n}.
@@ -38,19 +42,32 @@ def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
     if plain and config.parallel.virtual_ranks > 1:
 
         def work(world: Any, rank: int) -> dict[str, Any]:
-            return _train(config, payload, virtual_ranks(world, config.parallel.ep_size, rank), device, context, plain)
+            parallel = config.parallel
+            ranks = virtual_ranks(world, parallel.ep_size, rank, parallel.ranks_per_node)
+            return _train(config, payload, ranks, device, context, plain, prepare)
 
         return run_virtual_ranks(config.parallel.virtual_ranks, work)[0]
     if plain:
-        return _train(config, payload, single_rank(), device, context, plain)
+        return _train(config, payload, single_rank(), device, context, plain, prepare)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout_s = config.parallel.timeout_s
     join_process_group(context.init_method, context.rank, context.world_size, backend, timeout_s, context.interface)
-    return _train(config, payload, process_ranks(config.parallel.ep_size, timeout_s), device, context, plain)
+    parallel = config.parallel
+    per_node = 0
+    if parallel.dispatch == "two_hop":
+        per_node = parallel.ranks_per_node or context.local_world_size
+    ranks = process_ranks(parallel.ep_size, timeout_s, per_node)
+    return _train(config, payload, ranks, device, context, plain, prepare)
 
 
 def _train(
-    config: Config, payload: dict[str, Any], ranks: Ranks, device: torch.device, context: RankContext, plain: bool
+    config: Config,
+    payload: dict[str, Any],
+    ranks: Ranks,
+    device: torch.device,
+    context: RankContext,
+    plain: bool,
+    prepare: Prepare | None,
 ) -> dict[str, Any]:
     run = RunFolder(Path(payload["run"]))
     session = assemble(config, run, ranks, device, context.stop, local_rank=context.local_rank, plain=plain)
@@ -69,8 +86,13 @@ def _train(
         first_step = session.resume(payload["resume"], payload["accepted"])
         if first_step:
             session.telemetry.event("resume", cause="newest committed checkpoint", step=first_step)
+        if prepare is not None:
+            prepare(session)
         result = train(session, first_step)
         session.telemetry.event("stop", cause=result["status"], step=result["step"])
         return result
+    except RuntimeError as error:  # a rank may be gone that this one did not wait for
+        ranks.watch.explain(error)
+        raise
     finally:
         session.close()

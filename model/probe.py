@@ -41,13 +41,16 @@ class NonFiniteError(FloatingPointError):
 class ProbeHandle:
     """Takes the probes off again."""
 
-    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle], inspected: list[Experts]) -> None:
         self._hooks = hooks
+        self._inspected = inspected
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for experts in self._inspected:
+            experts.inspect = None
 
 
 def attach(model: Transformer) -> ProbeHandle:
@@ -60,16 +63,18 @@ def attach(model: Transformer) -> ProbeHandle:
         NonFiniteError
     """
     kinds = (Attention, Block, Embedding, Head, MLP, MoE, MultiTokenPrediction, Router)
-    hooks = []
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    inspected: list[Experts] = []
     for name, module in model.named_modules():
         layer, part = _split(name)
         if isinstance(module, Experts):
             owner = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(owner, MoE)
-            hooks.append(module.register_forward_hook(_experts_hook(layer, part, owner)))
+            module.inspect = _experts_check(layer, part, owner)
+            inspected.append(module)
         elif isinstance(module, kinds):
             hooks.append(module.register_forward_hook(_hook(layer, part)))
-    return ProbeHandle(hooks)
+    return ProbeHandle(hooks, inspected)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -91,16 +96,12 @@ def _hook(layer: str, part: str) -> Callable[[nn.Module, Any, Any], None]:
     return check
 
 
-def _experts_hook(layer: str, part: str, owner: MoE) -> Callable[[nn.Module, Any, Any], None]:
-    def check(module: nn.Module, args: Any, output: Tensor) -> None:
-        rows_per_expert: tuple[int, ...] = args[1]
+def _experts_check(layer: str, part: str, owner: MoE) -> Callable[[str, Tensor, tuple[int, ...]], None]:
+    def check(what: str, rows: Tensor, rows_per_expert: tuple[int, ...]) -> None:
         numbers = owner.local_experts
-        _check(args[0], layer, f"{part} input", rows_per_expert, numbers)
-        _check(output, layer, f"{part} output", rows_per_expert, numbers)
-        if output.requires_grad:
-            output.register_hook(
-                lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, numbers)
-            )
+        _check(rows, layer, f"{part} {what}", rows_per_expert, numbers)
+        if what == "output" and rows.requires_grad:
+            rows.register_hook(lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, numbers))
 
     return check
 
