@@ -32,8 +32,10 @@ check: setup
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
 
+# Tests that start several processes run one at a time, so that none waits for a core; the others two at a time.
 test: check
-	@$(PYTHON) -m pytest tests
+	@$(PYTHON) -m pytest -n 2 tests/unit tests/kernels
+	@$(PYTHON) -m pytest tests/ranks tests/faults tests/ray tests/end_to_end
 
 drill: setup
 	@$(PYTHON) -m pytest tests/faults tests/ray -m "slow or not slow"

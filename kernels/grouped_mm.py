@@ -10,7 +10,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from kernels.backend import require_triton
+from kernels.backend import TRITON_DTYPES, has_triton, require_triton, size_class
+from kernels.choice import fastest
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 
@@ -41,8 +42,8 @@ def grouped_linear(x: Tensor, weight: Tensor, rows_per_expert: Sequence[int], ba
         weight: (L, N, D), same dtype as x (under autocast both are cast to its dtype).
         rows_per_expert: L host integers >= 0, their sum at most R. An expert may have no row; R may be 0.
         backend: `reference` is a loop of products, `torch` is torch's grouped_mm, `triton` our kernel (a GPU, or
-            Triton's interpreter); `auto` takes `torch` for bfloat16 on CUDA where the strides allow it and `reference`
-            elsewhere.
+            Triton's interpreter); `auto` takes the reference on a CPU, and on a GPU the fastest of those that can take
+            the input, measured once for each class of shapes (kernels/choice.py).
 
     Returns:
         (R, N). Padding rows are zero, and so is their gradient.
@@ -56,8 +57,9 @@ def grouped_linear(x: Tensor, weight: Tensor, rows_per_expert: Sequence[int], ba
         x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != weight.dtype:
         raise ValueError(f"grouped_linear: x is {x.dtype} but weight is {weight.dtype}; cast one of them")
-    product = _product(x, weight, backend)
-    return cast(Tensor, _GroupedLinear.apply(x, weight, tuple(rows_per_expert), product))
+    counts = tuple(rows_per_expert)
+    product = _PRODUCTS[_resolve(x, weight, counts, backend)]
+    return cast(Tensor, _GroupedLinear.apply(x, weight, counts, product))
 
 
 def _check(x: Tensor, weight: Tensor, rows_per_expert: Sequence[int]) -> None:
@@ -77,24 +79,58 @@ def _check(x: Tensor, weight: Tensor, rows_per_expert: Sequence[int]) -> None:
         )
 
 
-def _product(x: Tensor, weight: Tensor, backend: Backend) -> _Product:
-    """Resolve the backend's name to the three products that a forward and a backward need."""
-    if backend == "reference":
-        return _Loop
-    aligned = all(width * x.element_size() % _ALIGNMENT_BYTES == 0 for width in weight.shape[1:])
-    if backend == "torch":
-        if not aligned:
+def _resolve(x: Tensor, weight: Tensor, counts: tuple[int, ...], backend: Backend) -> str:
+    """The name of the products to take; refuses what cannot run."""
+    if backend == "triton":
+        require_triton("grouped_linear", x)
+    elif backend == "torch":
+        if not _aligned(x, weight):
             raise ValueError(
                 f"grouped_linear: backend torch needs widths {tuple(weight.shape[1:])} that are multiples of "
                 f"{_ALIGNMENT_BYTES} bytes in {x.dtype}; pad them or use backend reference"
             )
-        return _Torch
-    if backend == "triton":
-        require_triton("grouped_linear", x)
-        return _Triton
-    if backend != "auto":
+    elif backend == "auto":
+        if not x.is_cuda:
+            return "reference"
+        return fastest("grouped_linear", _shape_class(x, weight), x, _trial(x, weight, counts), _able(x, weight))
+    elif backend != "reference":
         raise ValueError(f"grouped_linear: unknown backend {backend!r}; use auto, reference, torch or triton")
-    return _Torch if x.is_cuda and x.dtype == torch.bfloat16 and aligned else _Loop
+    return backend
+
+
+def _aligned(x: Tensor, weight: Tensor) -> bool:
+    return all(width * x.element_size() % _ALIGNMENT_BYTES == 0 for width in weight.shape[1:])
+
+
+def takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch has a grouped product of its own for these on this device, and not a loop."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and _aligned(x, weight)
+
+
+def _able(x: Tensor, weight: Tensor) -> list[str]:
+    """The backends that can take an input on a GPU."""
+    able = ["reference"]
+    if takes_grouped_mm(x, weight):
+        able.append("torch")
+    if has_triton() and x.dtype in TRITON_DTYPES:
+        able.append("triton")
+    return able
+
+
+def _shape_class(x: Tensor, weight: Tensor) -> tuple[object, ...]:
+    return size_class(x.shape[0]), *weight.shape
+
+
+def _trial(x: Tensor, weight: Tensor, counts: tuple[int, ...]) -> Callable[[str], list[Tensor]]:
+    """Forward and both gradients on the backend of a name."""
+
+    def run(name: str) -> list[Tensor]:
+        product = _PRODUCTS[name]
+        with torch.no_grad():
+            out = product.rows(x, weight, counts, transpose=True)
+            return [out, product.rows(out, weight, counts, transpose=False), product.weights(out, x, counts)]
+
+    return run
 
 
 class _Loop:
@@ -139,7 +175,7 @@ class _Torch:
         if not sum(counts):
             return x.new_zeros(x.shape[0], width)
         matrix = weight.transpose(-2, -1) if transpose else weight
-        out = _grouped_mm()(x.contiguous(), matrix, offs=_offsets(counts, x.device))
+        out = grouped_mm()(x.contiguous(), matrix, offs=offsets(counts, x.device))
         out[sum(counts) :].zero_()  # rows past the last offset are uninitialised memory
         return out
 
@@ -148,39 +184,42 @@ class _Torch:
         if not sum(counts):
             return x.new_zeros(len(counts), grad.shape[1], x.shape[1])
         used = sum(counts)
-        return _grouped_mm()(grad[:used].contiguous().t(), x[:used].contiguous(), offs=_offsets(counts, x.device))
+        return grouped_mm()(grad[:used].contiguous().t(), x[:used].contiguous(), offs=offsets(counts, x.device))
 
 
 class _Triton:
-    """Our kernel: tiles of each expert's rows, listed on the host."""
+    """Our kernels."""
 
     @staticmethod
     def rows(x: Tensor, weight: Tensor, counts: tuple[int, ...], transpose: bool) -> Tensor:
-        from kernels.grouped_mm_triton import rows_product
+        from kernels.grouped_mm_triton import rows_on_device, rows_product
 
-        return rows_product(x, weight, counts, transpose)
+        return rows_product(x, weight, rows_on_device(counts, x.shape[0], x.device), transpose)
 
     @staticmethod
     def weights(grad: Tensor, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-        from kernels.grouped_mm_triton import weights_product
+        from kernels.grouped_mm_triton import rows_on_device, weights_product
 
-        return weights_product(grad, x, counts)
+        return weights_product(grad, x, rows_on_device(counts, x.shape[0], x.device))
 
 
 _Product = type[_Loop] | type[_Torch] | type[_Triton]
+_PRODUCTS: dict[str, _Product] = {"reference": _Loop, "torch": _Torch, "triton": _Triton}
 
 
-def _grouped_mm() -> Callable[..., Tensor]:
+def grouped_mm() -> Callable[..., Tensor]:
+    """torch's grouped product, by whichever name this version has it."""
     public = getattr(torch.nn.functional, "grouped_mm", None)
     return cast(Callable[..., Tensor], public if public is not None else torch._grouped_mm)
 
 
-def _offsets(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    offsets, total = [], 0
+def offsets(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """(L,) int32 on the device: where each expert's rows end."""
+    ends, total = [], 0
     for count in counts:
         total += count
-        offsets.append(total)
-    host = torch.tensor(offsets, dtype=torch.int32)
+        ends.append(total)
+    host = torch.tensor(ends, dtype=torch.int32)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 

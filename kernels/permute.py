@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend, resolve, size_class
+from kernels.choice import both_ways
+
 
 class Permutation(NamedTuple):
     """A reordering of N rows and its inverse: `moved = rows[order]`, `rows = moved[inverse]`."""
@@ -38,31 +41,49 @@ def sort_by_expert(expert_ids: Tensor) -> Permutation:
     return permutation(torch.argsort(expert_ids.reshape(-1), stable=True))
 
 
-def permute(x: Tensor, moved: Permutation, top_k: int = 1) -> Tensor:
+def permute(x: Tensor, moved: Permutation, top_k: int = 1, backend: Backend = "auto") -> Tensor:
     """Copy each token's row to its places in the new order.
 
     Args:
         x: (T, D).
         moved: of N = T * top_k rows; with top_k 1 a plain reordering of rows.
         top_k: how many routed rows each token has.
+        backend: `reference`, `triton` (a GPU, or Triton's interpreter), or `auto`.
 
     Returns:
         (N, D): row i is x[order[i] // top_k]. The gradient of a token is the sum over its K rows, in the order of k.
     """
+
+    def run(name: str) -> list[Tensor]:
+        return both_ways(lambda x: permute(x, moved, top_k, cast(Backend, name)), x)
+
+    if resolve("permute", backend, x, run, (size_class(x.shape[0]), top_k, x.shape[-1])) == "triton":
+        from kernels.permute_triton import TritonPermute
+
+        return cast(Tensor, TritonPermute.apply(x, moved.inverse, top_k))
     return cast(Tensor, _Permute.apply(x, moved.order, moved.inverse, top_k))
 
 
-def unpermute(rows: Tensor, weights: Tensor, moved: Permutation) -> Tensor:
+def unpermute(rows: Tensor, weights: Tensor, moved: Permutation, backend: Backend = "auto") -> Tensor:
     """Bring rows back to their tokens and add them up, weighted.
 
     Args:
         rows: (N, D), in the new order.
         weights: (T, K) fp32.
         moved: the permutation that `permute` used.
+        backend: as in `permute`.
 
     Returns:
         (T, D) in rows' dtype: sum over k of weights[t, k] * rows[inverse[t*K + k]], added up in fp32.
     """
+
+    def run(name: str) -> list[Tensor]:
+        return both_ways(lambda rows, weights: unpermute(rows, weights, moved, cast(Backend, name)), rows, weights)
+
+    if resolve("unpermute", backend, rows, run, (*map(size_class, weights.shape), rows.shape[-1])) == "triton":
+        from kernels.permute_triton import TritonUnpermute
+
+        return cast(Tensor, TritonUnpermute.apply(rows, weights, moved.inverse))
     return cast(Tensor, _Unpermute.apply(rows, weights, moved.order, moved.inverse))
 
 

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from kernels.backend import require_triton
-
-Backend = Literal["auto", "reference", "triton"]
+from kernels.backend import Backend, resolve, size_class
+from kernels.choice import both_ways
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: Backend = "auto") -> Tensor:
@@ -21,22 +20,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: Backend = "a
         x: (..., D), any float dtype.
         weight: (D,), any float dtype.
         eps: added to the mean square.
-        backend: `reference`, or `triton` (a GPU, or Triton's interpreter); `auto` takes the reference. A plain
-            autograd function and no torch.library.custom_op: the dispatcher's detour costs a small model on a CPU more
-            than the norm.
+        backend: `reference`, or `triton` (a GPU, or Triton's interpreter); `auto` takes the reference on a CPU, and on
+            a GPU the one that was measured to be faster (kernels/choice.py). A plain autograd function and no
+            torch.library.custom_op: the dispatcher's detour costs a small model on a CPU more than the norm.
 
     Returns:
         (..., D) in x's dtype; sums are taken in fp32.
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
-    if backend == "triton":
-        require_triton("rms_norm", x)
+
+    def run(name: str) -> list[Tensor]:
+        return both_ways(lambda x, weight: rms_norm(x, weight, eps, cast(Backend, name)), x, weight)
+
+    if resolve("rms_norm", backend, x, run, (size_class(x.numel()), x.shape[-1])) == "triton":
         from kernels.rms_norm_triton import TritonRMSNorm
 
         return cast(Tensor, TritonRMSNorm.apply(x, weight, eps))
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"rms_norm: unknown backend {backend!r}; use auto, reference or triton")
     return cast(Tensor, _RMSNorm.apply(x, weight, eps))
 
 

@@ -55,7 +55,7 @@ class TritonRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         width = x.shape[-1]
-        rows = x.contiguous().view(-1, width)
+        rows, weight = x.contiguous().view(-1, width), weight.contiguous()
         out = torch.empty_like(rows)
         scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
         if rows.shape[0]:

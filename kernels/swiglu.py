@@ -10,23 +10,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import Backend, resolve, size_class
+from kernels.choice import both_ways
 
-def swiglu_pair(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of two tensors of one shape, where gate and up come from separate products."""
+
+def swiglu_pair(gate: Tensor, up: Tensor, backend: Backend = "auto") -> Tensor:
+    """silu(gate) * up of two tensors of one shape, where gate and up come from separate products; backend as below."""
+
+    def run(name: str) -> list[Tensor]:
+        return both_ways(lambda gate, up: swiglu_pair(gate, up, cast(Backend, name)), gate, up)
+
+    if resolve("swiglu_pair", backend, gate, run, (size_class(gate.numel()), gate.shape[-1])) == "triton":
+        from kernels.swiglu_triton import TritonSwiGLUPair
+
+        return cast(Tensor, TritonSwiGLUPair.apply(gate, up))
     return cast(Tensor, _SwiGLUPair.apply(gate, up))
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, backend: Backend = "auto") -> Tensor:
     """Split the last dimension in halves and return silu(first) * second.
 
     Args:
         gate_up: (..., 2I), gate first.
+        backend: `reference`, `triton` (a GPU, or Triton's interpreter), or `auto`.
 
     Returns:
         (..., I) in the same dtype.
 
     Source: Shazeer 2020, arXiv 2002.05202.
     """
+
+    def run(name: str) -> list[Tensor]:
+        return both_ways(lambda gate_up: swiglu(gate_up, cast(Backend, name)), gate_up)
+
+    if resolve("swiglu", backend, gate_up, run, (size_class(gate_up.numel()), gate_up.shape[-1])) == "triton":
+        from kernels.swiglu_triton import TritonSwiGLU
+
+        return cast(Tensor, TritonSwiGLU.apply(gate_up))
     return cast(Tensor, _SwiGLU.apply(gate_up))
 
 

@@ -10,7 +10,8 @@ from launch import balance_stats
 GROUP_OF_KEY = {  # the headings under which TensorBoard shows the figures
     "loss": "train", "mtp_loss": "train", "sequence_balance": "train", "grad_norm": "train", "lr": "train",
     "step_seconds": "speed", "tokens_per_second": "speed", "mfu": "speed", "data_wait_seconds": "speed",
-    "all_to_all_seconds": "speed", "waiting_seconds": "speed", "bytes_sent": "speed", "memory_gib": "memory",
+    "all_to_all_seconds": "speed", "exposed_all_to_all_seconds": "speed", "waiting_seconds": "speed",
+    "bytes_sent": "speed", "memory_gib": "memory",
     "max_vio": "balance", "max_vio_rank": "balance", "max_vio_floor": "balance", "dead_experts": "balance",
     "bias_abs_max": "balance", "bias_rate": "balance", "changed_by_bias_share": "balance", "gate_entropy": "balance",
     "tokens": "progress", "epoch": "progress", "world_size": "progress",
@@ -55,7 +56,11 @@ def chart_layout() -> dict[str, dict[str, list[str]]]:
             "share of choices that the bias changed, by layer": [by_layer.format("changed_by_bias_share")],
             "experts without a token, by layer": [by_layer.format("dead_experts")],
         },
-        "Time": {"all-to-all and waiting (seconds a step)": ["speed/(all_to_all|waiting|data_wait)_seconds$"]},
+        "Time": {
+            "all-to-all and waiting (seconds a step)": [
+                "speed/(all_to_all|exposed_all_to_all|waiting|data_wait)_seconds$"
+            ]
+        },
     }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from data.errors import DataError
 from launch.faults import Fault, parse
 from launch.runfolder import JsonLines, read_records, utc_now
-from model.exchange import Dispatched, Exchange
+from model.exchange import Exchange, ExpertFunction
 from model.naming import is_expert
 
 
@@ -58,7 +58,7 @@ class Faults:
                 _strike(fault, module)
 
     def wrap(self, exchange: Exchange) -> Exchange:
-        """The exchange, with the place of phase `exchange` in each dispatch."""
+        """The exchange, with the place of phase `exchange` in front of each layer's transfers."""
         wanted = any(fault.phase == "exchange" for fault in self._mine)
         return _Drilled(exchange, lambda: self.at("exchange", self._step)) if wanted else exchange
 
@@ -126,17 +126,22 @@ def _flip(module: nn.Module) -> None:
 
 
 class _Drilled:
-    """An exchange with a place for faults in front of each dispatch."""
+    """An exchange with a place for faults in front of each layer's transfers."""
 
     def __init__(self, inner: Exchange, place: Callable[[], None]) -> None:
         self._inner, self._place = inner, place
         self.ep_size, self.ep_rank = inner.ep_size, inner.ep_rank
 
-    def dispatch(
-        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, n_routed_experts: int
-    ) -> Dispatched:
+    def run(
+        self,
+        x: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        n_routed_experts: int,
+        experts: ExpertFunction,
+        parameters: tuple[torch.Tensor, ...],
+        meanwhile: Callable[[], torch.Tensor] | None = None,
+        layer: str = "",
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._place()
-        return self._inner.dispatch(x, topk_ids, topk_weights, n_routed_experts)
-
-    def combine(self, rows: torch.Tensor, dispatched: Dispatched) -> torch.Tensor:
-        return self._inner.combine(rows, dispatched)
+        return self._inner.run(x, topk_ids, topk_weights, n_routed_experts, experts, parameters, meanwhile, layer)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.history import History, Spell
+from launch.history import History, Spell, waiting_name
 from launch.plots import ALARM, Marks
 
 MAX_MARKS = 12  # events that the plots show beside the alarms
@@ -156,7 +156,7 @@ def _of_speed(folder: Path, history: History, marks: Marks) -> Shown:
         plots.save_speed(folder / "speed.png", steps, figure["tokens_per_second"], marks)
         shown.append(("Throughput", "speed.png", "All ranks together."))
     if _known(history, "step_seconds"):
-        waits = {"waiting for data": figure["data_wait_seconds"], "all-to-all": figure["all_to_all_seconds"]}
+        waits = {"waiting for data": figure["data_wait_seconds"], "all-to-all": figure[waiting_name(figure)]}
         plots.save_time_shares(folder / "time.png", steps, figure["step_seconds"], waits, marks)
         shown.append(("Where the time goes", "time.png", "Shares of each step's time on rank 0."))
     if _known(history, "memory_gib"):

@@ -26,13 +26,13 @@ from launch.runfolder import RunFolder
 from launch.saves import Saves
 from launch.sections import Sections
 from launch.telemetry import Telemetry
-from model.exchange import Exchange, LocalExchange
 from model.init import init_weights
+from model.moe import MoE
 from model.transformer import Transformer
 from parallel import checkpoint, replicas, retention
 from parallel.balance import Balancer
 from parallel.engine import Engine, PlainEngine
-from parallel.exchange import AllToAllExchange
+from parallel.exchange import make_exchange
 from parallel.gradient_watch import GradientWatch
 from parallel.ranks import Ranks
 from parallel.saver import Saver
@@ -277,9 +277,11 @@ def assemble(
         faults: drills of this rank. sections: where its place is noted.
     """
     faults = faults or Faults()
-    exchange: Exchange = AllToAllExchange(ranks.ep) if ranks.layout.ep_size > 1 else LocalExchange()
-    exchange = faults.wrap(exchange)
+    exchange = faults.wrap(make_exchange(config.parallel, ranks))
     model = Transformer(config.model, exchange, recompute=config.parallel.recompute)
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            module.label = name
     init_weights(model, config.train.seed)
     model.to(device)
     watch = GradientWatch(model)

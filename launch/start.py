@@ -2,10 +2,11 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.causes import cause_of, first_cause
 from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
@@ -30,22 +31,24 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def start(plan: Plan, cause: str) -> LaunchResult:
+def start(plan: Plan, cause: str, *, entry: str = ENTRY, extra: Mapping[str, Any] | None = None) -> LaunchResult:
     """Packs what has to be packed, writes the run's configuration, and trains under the plan's launcher.
 
     Args:
         plan: from `preflight.check`.
         cause: why the run is started, for events.jsonl.
+        entry: what every rank runs, "module:function"; a benchmark has one of its own around the usual one.
+        extra: JSON-able, for that entry; added to the payload.
 
     Raises:
         ConfigError: another process is training into the same folder.
     """
     first = is_first(plan.launcher)
     with only_driver(plan.run) if first else nullcontext():
-        return _start(plan, cause, first)
+        return _start(plan, cause, first, entry, extra or {})
 
 
-def _start(plan: Plan, cause: str, first: bool) -> LaunchResult:
+def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, Any]) -> LaunchResult:
     for note in plan.notes if first else ():
         say(note)
     if first:
@@ -59,56 +62,57 @@ def _start(plan: Plan, cause: str, first: bool) -> LaunchResult:
         "resume": plan.resume,
         "accepted": list(plan.accepted),
         "cause": cause,
+        **extra,
     }
     started = time.monotonic()
-    result = _launch(plan, payload)
+    result = _launch(plan, entry, payload)
     if first:
         _record_end(plan, result, time.monotonic() - started)
     return result
 
 
-def _launch(plan: Plan, payload: dict) -> LaunchResult:
+def _launch(plan: Plan, entry: str, payload: dict) -> LaunchResult:
     spec, log_dir = plan.config.cluster, RunFolder(plan.run).logs
     if plan.launcher == "debug":
         from cluster import debug
         from launch.debugger import one_thread_at_a_time
 
         with one_thread_at_a_time():
-            return debug.run(ENTRY, payload)
+            return debug.run(entry, payload)
     if plan.launcher == "mpi":
         from cluster import mpi
 
-        return mpi.run(ENTRY, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size)
+        return mpi.run(entry, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size)
     if plan.launcher == "local":
-        return run_supervised(plan, payload, _local(plan), say)
+        return run_supervised(plan, payload, _local(plan, entry), say)
     from cluster.ray_pool import RayPool
 
     pool = RayPool(spec, lambda limit: largest_world(plan.config, limit), ROOT)
     try:
-        return run_supervised(plan, payload, _ray(plan, pool), say, pool)
+        return run_supervised(plan, payload, _ray(plan, entry, pool), say, pool)
     finally:
         pool.connection.close()
 
 
-def _local(plan: Plan) -> Launch:
+def _local(plan: Plan, entry: str) -> Launch:
     from cluster import local
 
     spec, log_dir = plan.config.cluster, RunFolder(plan.run).logs
 
     def launch(generation: Generation, payload: dict, signals: StopSignals) -> LaunchResult:
-        return local.run(ENTRY, payload, spec, log_dir=log_dir, generation=generation.number, stop=signals.stop)
+        return local.run(entry, payload, spec, log_dir=log_dir, generation=generation.number, stop=signals.stop)
 
     return launch
 
 
-def _ray(plan: Plan, pool: "RayPool") -> Launch:
+def _ray(plan: Plan, entry: str, pool: "RayPool") -> Launch:
     from cluster import ray_actors
 
     log_dir = RunFolder(plan.run).logs
 
     def launch(generation: Generation, payload: dict, signals: StopSignals) -> LaunchResult:
         return ray_actors.run(
-            ENTRY, payload, pool.shape(generation.workers), log_dir=log_dir, ep_size=plan.config.parallel.ep_size,
+            entry, payload, pool.shape(generation.workers), log_dir=log_dir, ep_size=plan.config.parallel.ep_size,
             generation=generation.number, stop=signals.stop, pool=pool, leave=generation.leave,
         )  # fmt: skip
 

@@ -29,6 +29,8 @@ class StepRecord:
     sequence_balance: the sequence-wise balance loss before its coefficient; None without MoE layers.
     grad_norm: the true global norm before clipping.
     mfu: fraction of the hardware's peak, None where the peak is not known.
+    all_to_all_seconds: from each transfer's start until it was taken, added up; exposed_all_to_all_seconds: of these
+        the time that nothing else was done, None where not measured.
     memory_gib: the largest so far, of whatever the accelerator (or this process on a CPU) holds.
     tokens_per_expert: (n_layers, E) int64, routed choices of the global batch; (0, 0) for a dense model.
     expert_bias: (n_layers, E) fp32, the bias that the step's balancer left behind; None for rules without one.
@@ -38,7 +40,7 @@ class StepRecord:
     coactivation: (n_layers, E, E) int64, how often a token chose both experts (diagonal: tokens of the expert); None in
         steps that did not count it.
     bytes_sent: payload of this step's all-to-alls to other ranks, over all ranks.
-    waiting_seconds: mean over ranks of the time in all-to-all beyond that of the rank that waited least.
+    waiting_seconds: mean over ranks of the exposed time in all-to-all beyond that of the rank that waited least.
     placement: (n_layers, E) int64, which expert lies in each slot, slots in the order of the ranks; None is in order.
     extra: further figures under names of their own, for metrics.jsonl; numbers also go to TensorBoard.
     """
@@ -61,6 +63,7 @@ class StepRecord:
     mfu: float | None = None
     mtp_loss: float | None = None
     sequence_balance: float | None = None
+    exposed_all_to_all_seconds: float | None = None
     bias_rate: float | None = None
     gate_entropy: "torch.Tensor | np.ndarray | None" = None
     coactivation: "torch.Tensor | np.ndarray | None" = None
@@ -102,6 +105,9 @@ def derive(record: StepRecord, with_loads: bool = True) -> dict[str, Any]:
         "memory_gib": _rounded(record.memory_gib),
         "data_wait_seconds": _rounded(record.data_wait_seconds),
         "all_to_all_seconds": _rounded(record.all_to_all_seconds),
+        "exposed_all_to_all_seconds": (
+            None if record.exposed_all_to_all_seconds is None else _rounded(record.exposed_all_to_all_seconds)
+        ),
         "world_size": int(record.world_size),
         "ep_size": int(record.ep_size),
         "max_vio": None if dense else _rounded(balance_stats.max_vio(counts)),

@@ -18,9 +18,10 @@ class GlobalStats:
 
     losses: nats by depth. sequence_balance, batch_balance: before their coefficients. changed_by_bias: (M,) int64.
     gate_entropy: (M,) fp64, nats summed over tokens. coactivation: (M, E, E) int64 where it was collected.
-    all_to_all_seconds: of this rank. waiting_seconds: mean over ranks of the all-to-all time beyond that of the rank
-    which spent least in it. That rank came last every time, so nobody waited for the others' sake but for its; what it
-    spent is the price of moving the bytes. bytes_sent: payload sent to other ranks, all ranks.
+    all_to_all_seconds, exposed_all_to_all_seconds: of this rank, see StepRecord. waiting_seconds: mean over ranks of
+    the exposed all-to-all time beyond that of the rank which spent least in it. That rank came last every time, so
+    nobody waited for the others' sake but for its; what it spent is the price of moving the bytes. bytes_sent: payload
+    sent to other ranks, all ranks.
     """
 
     losses: list[float]
@@ -30,6 +31,7 @@ class GlobalStats:
     gate_entropy: Tensor
     coactivation: Tensor | None
     all_to_all_seconds: float
+    exposed_all_to_all_seconds: float
     waiting_seconds: float
     bytes_sent: int
 
@@ -59,7 +61,7 @@ class StepStats:
         """
         assert self._sums is not None and self._changed is not None and self._entropy is not None
         seconds = torch.zeros(ranks.size, dtype=torch.float64)
-        seconds[ranks.rank] = traffic.seconds
+        seconds[ranks.rank] = traffic.exposed_seconds
         sent = torch.tensor([float(traffic.bytes_sent)], dtype=torch.float64)
         own = [self._sums.cpu(), self._changed.double().cpu(), self._entropy.cpu(), sent, seconds]  # counts < 2**53
         sums, changed, entropy, sent, seconds = ranks.all_reduce(torch.cat(own)).split([len(part) for part in own])
@@ -72,6 +74,7 @@ class StepStats:
             gate_entropy=entropy,
             coactivation=None if self._pairs is None else ranks.all_reduce(self._pairs.cpu()),
             all_to_all_seconds=traffic.seconds,
+            exposed_all_to_all_seconds=traffic.exposed_seconds,
             waiting_seconds=float((seconds - seconds.min()).mean()),
             bytes_sent=int(sent),
         )

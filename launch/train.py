@@ -33,6 +33,7 @@ def train(session: Session, first_step: int) -> dict:
     meter = Meter(session)
     step = first_step
     while step < config.train.steps:
+        ranks.watch.step = step + 1
         stats = StepStats()
         batches, trouble = read_step(session, step)
         agreed = agree_on_step(session, step, batches, trouble)
@@ -246,6 +247,7 @@ class Meter:
             memory_gib=memory_gib(session.device),
             data_wait_seconds=session.stream.wait_seconds,
             all_to_all_seconds=sums.all_to_all_seconds,
+            exposed_all_to_all_seconds=sums.exposed_all_to_all_seconds,
             waiting_seconds=sums.waiting_seconds,
             bytes_sent=sums.bytes_sent,
             world_size=world_size,

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from launch.train import train
 from parallel.ranks import Ranks, choose_device, join_process_group, process_ranks, single_rank, virtual_ranks
 from parallel.threads import run_virtual_ranks
 
+Prepare = Callable[[Session], None]
 
-def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
+
+def main(context: RankContext, payload: dict[str, Any], prepare: Prepare | None = None) -> dict[str, Any]:
     """Trains one rank.
 
     Args:
@@ -27,6 +30,7 @@ def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
         payload: config (tables), run (path), resume (auto, must, never), accepted (changed keys the user accepts),
             cause (why the run was started, for events.jsonl), and for a restart recovery (why and when the generation
             before it ended, see `cluster.supervisor`).
+        prepare: called with the session before the first step; for benchmarks, which put their timers around it.
 
     Returns:
         {"status": "done" or "stopped", "step": n}.
@@ -44,16 +48,23 @@ def main(context: RankContext, payload: dict[str, Any]) -> dict[str, Any]:
     if watch is None:
 
         def work(world: Any, rank: int) -> dict[str, Any]:
-            ranks = virtual_ranks(world, config.parallel.ep_size, rank)
-            return _train(config, payload, ranks, device, context, plain, _watch(config, payload, rank, context))
+            parallel = config.parallel
+            ranks = virtual_ranks(world, parallel.ep_size, rank, parallel.ranks_per_node)
+            watch = _watch(config, payload, rank, context)
+            return _train(config, payload, ranks, device, context, plain, watch, prepare)
 
         return run_virtual_ranks(config.parallel.virtual_ranks, work)[0]
     if plain:
-        return _train(config, payload, single_rank(), device, context, plain, watch)
+        return _train(config, payload, single_rank(), device, context, plain, watch, prepare)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout_s = config.parallel.timeout_s
     join_process_group(context.init_method, context.rank, context.world_size, backend, timeout_s, context.interface)
-    return _train(config, payload, process_ranks(config.parallel.ep_size, timeout_s), device, context, plain, watch)
+    parallel = config.parallel
+    per_node = 0
+    if parallel.dispatch == "two_hop":
+        per_node = parallel.ranks_per_node or context.local_world_size
+    ranks = process_ranks(parallel.ep_size, timeout_s, per_node)
+    return _train(config, payload, ranks, device, context, plain, watch, prepare)
 
 
 Watch = tuple[Sections, Faults]
@@ -77,6 +88,7 @@ def _train(
     context: RankContext,
     plain: bool,
     watch: Watch,
+    prepare: Prepare | None,
 ) -> dict[str, Any]:
     run = RunFolder(Path(payload["run"]))
     sections, faults = watch
@@ -105,9 +117,14 @@ def _train(
             session.telemetry.event("resume", cause="newest committed checkpoint", step=first_step)
         if payload.get("recovery"):
             _recovered(session, payload["recovery"], context.generation, first_step, entered, loading)
+        if prepare is not None:
+            prepare(session)
         result = train(session, first_step)
         session.telemetry.event("stop", cause=result["status"], step=result["step"])
         return result
+    except RuntimeError as error:  # a rank may be gone that this one did not wait for
+        ranks.watch.explain(error)
+        raise
     finally:
         session.close()
         sections.close()

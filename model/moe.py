@@ -1,16 +1,17 @@
 """Mixture-of-experts feed-forward: router, exchange, routed experts, shared experts."""
 
-# B batch, S seq, D hidden, E routed experts, L local experts, R received rows, I expert width
+# B batch, S seq, T = B*S tokens, D hidden, E routed experts, L local experts, R rows that came, N choices of local
+# experts, I expert width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from kernels.grouped_mm import grouped_linear
-from kernels.swiglu import swiglu
+from kernels.experts import experts_mlp
 from model.config import ModelConfig
 from model.exchange import Exchange
 from model.mlp import MLP
@@ -35,10 +36,51 @@ class Experts(nn.Module):
         )
         self.down_proj = nn.Parameter(torch.full((n_local, hidden, intermediate), nan, device=device, dtype=dtype))
 
-    def forward(self, rows: Tensor, rows_per_expert: tuple[int, ...]) -> Tensor:
-        """Apply each expert to its slice of rows: (R, D) -> (R, D)."""
-        inner = swiglu(grouped_linear(rows, self.gate_up_proj, rows_per_expert))  # (R, I)
-        return grouped_linear(inner, self.down_proj, rows_per_expert)
+        # Set by model/probe.py: looks at (what, rows (N, D), rows_per_expert) before and after the experts.
+        self.inspect: Callable[[str, Tensor, tuple[int, ...]], None] | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        n_routed_experts: int,
+        exchange: Exchange,
+        meanwhile: Callable[[], Tensor] | None,
+        layer: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hand tokens (T, D) and the weights to the exchange; see Exchange.run. All of it happens in here, since a
+        sharding engine gathers the weights for this module's forward and backward only."""
+        gate_up: Tensor = self.gate_up_proj
+        down: Tensor = self.down_proj
+        if torch.is_autocast_enabled(x.device.type):  # before they travel: half the bytes
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, gate_up, down = x.to(dtype), gate_up.to(dtype), down.to(dtype)
+        return exchange.run(
+            x, topk_ids, topk_weights, n_routed_experts, self.weighted_sums, (gate_up, down), meanwhile, layer
+        )
+
+    def weighted_sums(
+        self,
+        rows: Tensor,
+        token_of_row: Tensor,
+        rows_per_expert: tuple[int, ...],
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        """The model.exchange.ExpertFunction: rows (R, D), N choices sorted by expert -> (R, D)."""
+        if self.inspect is None:
+            return experts_mlp(rows, token_of_row, gate_up, down, rows_per_expert, weights, combine=True)
+        gathered = rows.index_select(0, token_of_row)  # (N, D)
+        self.inspect("input", gathered, rows_per_expert)
+        out = self.each_row(gathered, rows_per_expert, gate_up, down)
+        self.inspect("output", out, rows_per_expert)
+        return torch.zeros_like(rows).index_add(0, token_of_row, (out * weights.unsqueeze(-1)).to(rows.dtype))
+
+    def each_row(self, rows: Tensor, rows_per_expert: tuple[int, ...], gate_up: Tensor, down: Tensor) -> Tensor:
+        """Each expert on its slice of rows (N, D) -> (N, D), not weighted."""
+        return experts_mlp(rows, None, gate_up, down, rows_per_expert)
 
 
 class MoE(nn.Module):
@@ -65,6 +107,7 @@ class MoE(nn.Module):
             )
         self.n_routed_experts = config.n_routed_experts
         self.exchange = exchange
+        self.label = ""  # the module's path, for errors
         self.gate = Router(config, device, dtype)
         n_local = config.n_routed_experts // exchange.ep_size
         self.expert_of_slot = tuple(range(config.n_routed_experts))
@@ -92,7 +135,7 @@ class MoE(nn.Module):
         self.slot_of_expert = None if row == in_order else slots
 
     def forward(self, x: Tensor, memory: RoutingMemory | None = None) -> tuple[Tensor, ...]:
-        """Route, dispatch, compute, combine.
+        """Route, then exchange and compute; the shared experts work while rows travel.
 
         Args:
             x: (B, S, D).
@@ -104,9 +147,8 @@ class MoE(nn.Module):
         topk_ids, topk_weights, *stats = self.gate(x, memory)
         tokens = x.reshape(-1, x.shape[-1])  # (T, D)
         slots = topk_ids if self.slot_of_expert is None else self.slot_of_expert[topk_ids]  # (T, K)
-        dispatched = self.exchange.dispatch(tokens, slots, topk_weights, self.n_routed_experts)
-        rows = self.experts(dispatched.rows, dispatched.rows_per_expert)  # (R, D)
-        out = self.exchange.combine(rows, dispatched).view_as(x)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x)
-        return (out, *stats)
+        shared = None if self.shared_experts is None else partial(self.shared_experts, tokens)
+        out, aside = self.experts(tokens, slots, topk_weights, self.n_routed_experts, self.exchange, shared, self.label)
+        if aside is not None:
+            out = out + aside
+        return (out.view_as(x), *stats)

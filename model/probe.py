@@ -41,13 +41,16 @@ class NonFiniteError(FloatingPointError):
 class ProbeHandle:
     """Takes the probes off again."""
 
-    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle]) -> None:
+    def __init__(self, hooks: list[torch.utils.hooks.RemovableHandle], inspected: list[Experts]) -> None:
         self._hooks = hooks
+        self._inspected = inspected
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for experts in self._inspected:
+            experts.inspect = None
 
 
 def attach(
@@ -69,16 +72,18 @@ def attach(
     """
     kinds = (Attention, Block, Embedding, Head, MLP, MoE, MultiTokenPrediction, Router)
     check = _checker(found, checked)
-    hooks = []
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    inspected: list[Experts] = []
     for name, module in model.named_modules():
         layer, part = layer_and_part(name)
         if isinstance(module, Experts):
             owner = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(owner, MoE)
-            hooks.append(module.register_forward_hook(_experts_hook(layer, part, owner, check)))
+            module.inspect = _experts_look(layer, part, owner, check)
+            inspected.append(module)
         elif isinstance(module, kinds):
             hooks.append(module.register_forward_hook(_hook(layer, part, check)))
-    return ProbeHandle(hooks)
+    return ProbeHandle(hooks, inspected)
 
 
 def layer_and_part(name: str) -> tuple[str, str]:
@@ -119,16 +124,12 @@ def _hook(layer: str, part: str, check: Check) -> Callable[[nn.Module, Any, Any]
     return look
 
 
-def _experts_hook(layer: str, part: str, owner: MoE, check: Check) -> Callable[[nn.Module, Any, Any], None]:
-    def look(module: nn.Module, args: Any, output: Tensor) -> None:
-        rows_per_expert: tuple[int, ...] = args[1]
+def _experts_look(layer: str, part: str, owner: MoE, check: Check) -> Callable[[str, Tensor, tuple[int, ...]], None]:
+    def look(what: str, rows: Tensor, rows_per_expert: tuple[int, ...]) -> None:
         numbers = owner.local_experts
-        check(args[0], layer, f"{part} input", rows_per_expert, numbers)
-        check(output, layer, f"{part} output", rows_per_expert, numbers)
-        if output.requires_grad:
-            output.register_hook(
-                lambda grad: check(grad, layer, f"gradient of {part} output", rows_per_expert, numbers)
-            )
+        check(rows, layer, f"{part} {what}", rows_per_expert, numbers)
+        if what == "output" and rows.requires_grad:
+            rows.register_hook(lambda grad: check(grad, layer, f"gradient of {part} output", rows_per_expert, numbers))
 
     return look
 

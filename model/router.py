@@ -40,6 +40,8 @@ class Router(nn.Module):
         experts = config.n_routed_experts
         self.weight = nn.Parameter(torch.full((experts, config.hidden_size), float("nan"), device=device, dtype=dtype))
         self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32, device=device))
+        # Set by a benchmark that compares with forced routing: stands in for `choose_experts`.
+        self.choose: Callable[[Tensor, Tensor | None, ModelConfig], Tensor] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Every cast or move of a module passes here. The bias follows to the device but never leaves fp32: its steps
@@ -75,7 +77,7 @@ class Router(nn.Module):
         plain = scores.detach()
         bias = self.e_score_correction_bias if config.uses_bias else None
         if topk_ids is None:
-            topk_ids = memory.topk_ids = choose_experts(plain, bias, config)
+            topk_ids = memory.topk_ids = (self.choose or choose_experts)(plain, bias, config)
         topk_weights = weigh(scores, topk_ids, config)
         counts = count_tokens(topk_ids.view(batch, -1), config.n_routed_experts)  # (B, E)
         by_sequence = scores.view(batch, seq_len, -1)

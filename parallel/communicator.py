@@ -4,13 +4,17 @@ Everything above this file is written once against `Communicator`; groups come d
 """
 
 import json
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from parallel.watch import Wait, Watch
 
 Reduction = Literal["sum", "max", "min"]
 
@@ -20,16 +24,49 @@ _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.R
 
 @dataclass
 class Traffic:
-    """What went through a communicator's all-to-all since the last `reset`: wall seconds and bytes sent elsewhere."""
+    """What went through a communicator's all-to-all since the last `reset`.
+
+    seconds: from each transfer's start until what came was taken, added up; transfers that overlap count each.
+    exposed_seconds: time that the rank (on a GPU: its compute stream) stood still for them.
+    bytes_sent: to other ranks.
+    """
 
     seconds: float = 0.0
+    exposed_seconds: float = 0.0
     bytes_sent: int = 0
+    on_device: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = field(
+        default_factory=list, repr=False
+    )  # start of a transfer, start of its wait, end of its wait: not read before `reset`, since reading waits
 
     def reset(self) -> "Traffic":
         """Returns the figures so far and starts again from zero."""
-        past = Traffic(self.seconds, self.bytes_sent)
-        self.seconds, self.bytes_sent = 0.0, 0
+        for began, waited, ended in self.on_device:
+            ended.synchronize()
+            self.seconds += began.elapsed_time(ended) / 1e3
+            self.exposed_seconds += waited.elapsed_time(ended) / 1e3
+        past = Traffic(self.seconds, self.exposed_seconds, self.bytes_sent)
+        self.seconds, self.exposed_seconds, self.bytes_sent = 0.0, 0.0, 0
+        self.on_device.clear()
         return past
+
+
+class Pending(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> Tensor:
+        """What came; to be called once."""
+        ...
+
+
+class Arrived:
+    """A transfer that is already over."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def wait(self) -> Tensor:
+        """What came."""
+        return self.rows
 
 
 class Communicator(Protocol):
@@ -45,6 +82,12 @@ class Communicator(Protocol):
 
     def all_to_all(self, rows: Tensor, input_splits: list[int], output_splits: list[int]) -> Tensor:
         """Sends the next input_splits[g] rows to each rank g; returns what came, in order of rank (no grad)."""
+        ...
+
+    def start_all_to_all(
+        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+    ) -> Pending:
+        """The same, returning before it is over; `what` names it should a rank not come."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -73,6 +116,12 @@ class SingleCommunicator:
         """Returns the rows as they are."""
         return rows
 
+    def start_all_to_all(
+        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+    ) -> Pending:
+        """Returns the rows as they are."""
+        return Arrived(rows)
+
     def gather(self, value: Any) -> list[Any]:
         """Returns the value alone."""
         return [value]
@@ -81,39 +130,102 @@ class SingleCommunicator:
         """Returns at once."""
 
 
+class _Transfer:
+    """An all-to-all of a process group under way."""
+
+    def __init__(
+        self, work: dist.Work, sent: Tensor, received: Tensor, traffic: Traffic, failed: Callable[..., Exception]
+    ) -> None:
+        self._work, self._sent, self._received = work, sent, received  # `sent` must live until it is over
+        self._traffic, self._failed = traffic, failed
+        # No callback tells the true end: Gloo's threads would call into an interpreter that may be on its way out.
+        self._started = time.perf_counter()
+        if received.is_cuda:
+            self._began = _stamp()
+
+    def wait(self) -> Tensor:
+        """What came. On a GPU only the current stream waits."""
+        waited = time.perf_counter()
+        if self._received.is_cuda:
+            waits = _stamp()
+            self._work.wait()
+            self._traffic.on_device.append((self._began, waits, _stamp()))
+        else:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise self._failed(error, time.perf_counter() - waited) from error
+            now = time.perf_counter()
+            self._traffic.exposed_seconds += now - waited
+            self._traffic.seconds += now - self._started
+        return self._received
+
+
+def _stamp() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class ProcessCommunicator:
     """A torch.distributed process group (NCCL or Gloo).
 
     Args:
         group: the process group; None means the default one (all ranks).
+        watch: tells who is missing when a wait fails.
+        traffic: where to count; None for counters of its own.
     """
 
-    def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
+    def __init__(
+        self, group: "dist.ProcessGroup | None" = None, watch: Watch | None = None, traffic: Traffic | None = None
+    ) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self.traffic = Traffic()
+        self.traffic = Traffic() if traffic is None else traffic
+        self.watch = Watch() if watch is None else watch
+        self.members = dist.get_process_group_ranks(group)
         self._device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Tensor:
         """Reduces in place; a CPU tensor travels through the device when the backend is NCCL."""
         moved = tensor.to(self._device)
-        dist.all_reduce(moved, op=_OPERATIONS[op], group=self.group)
+        started = time.perf_counter()
+        try:
+            dist.all_reduce(moved, op=_OPERATIONS[op], group=self.group)
+        except RuntimeError as error:
+            expected = f"all-reduce of {moved.numel()} numbers"
+            raise self._failed(error, time.perf_counter() - started, expected, {}) from error
         if moved is not tensor:
             tensor.copy_(moved)
         return tensor
 
+    def _failed(self, error: Exception, waited_s: float, what: str, expected: dict[int, str]) -> Exception:
+        return self.watch.lost(error, Wait(what, self.members, expected, waited_s))
+
     def all_to_all(self, rows: Tensor, input_splits: list[int], output_splits: list[int]) -> Tensor:
         """Uneven and zero splits are exact on both backends; the list form of all_to_all is not, on Gloo."""
+        return self.start_all_to_all(rows, input_splits, output_splits).wait()
+
+    def start_all_to_all(
+        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+    ) -> Pending:
+        """Several may be under way at once; every rank starts them in the same order."""
         received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
+        sent = rows.contiguous()
+        row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+        self.traffic.bytes_sent += (sum(input_splits) - input_splits[self.rank]) * row_bytes
+
+        def failed(error: Exception, waited_s: float) -> Exception:
+            return self._failed(error, waited_s, what, _expected(self.members, output_splits, row_bytes))
+
         started = time.perf_counter()
-        dist.all_to_all_single(received, rows.contiguous(), output_splits, input_splits, group=self.group)
-        if rows.is_cuda:
-            torch.cuda.current_stream().synchronize()
-        self.traffic.seconds += time.perf_counter() - started
-        elsewhere = sum(input_splits) - input_splits[self.rank]
-        self.traffic.bytes_sent += elsewhere * rows.element_size() * rows[:1].numel()
-        return received
+        try:
+            work = dist.all_to_all_single(received, sent, output_splits, input_splits, group=self.group, async_op=True)
+        except RuntimeError as error:  # Gloo refuses at once when a connection is already gone
+            raise failed(error, time.perf_counter() - started) from error
+        assert work is not None
+        return _Transfer(work, sent, received, self.traffic, failed)
 
     def gather(self, value: Any) -> list[Any]:
         """Travels as JSON in a byte tensor, so nothing is ever unpickled."""
@@ -131,3 +243,7 @@ class ProcessCommunicator:
     def barrier(self) -> None:
         """An all-reduce of one number: it needs no device guess and obeys the group's timeout."""
         self.all_reduce(torch.zeros(1))
+
+
+def _expected(members: list[int], output_splits: Sequence[int], row_bytes: int) -> dict[int, str]:
+    return {member: f"{rows} rows of {row_bytes} bytes" for member, rows in zip(members, output_splits, strict=True)}

@@ -10,7 +10,16 @@ class ParallelConfig:
 
     ep_size: ranks that together hold every expert once (must divide the world and the experts).
     zero_stage: DeepSpeed ZeRO stage, 0 to 3; non-expert parameters are sharded over all ranks, experts over theirs.
-    dispatch: how tokens travel; `all_to_all` is exact and dropless.
+    dispatch: how tokens travel; all are exact and dropless. `all_to_all`: a row for each choice of an expert. `dedup`:
+        a row for each rank that a token goes to, weighted and added up there. `two_hop`: one for each node over the
+        slow network, then one for each rank inside it; the same as dedup where an expert-parallel group is on one node.
+    ranks_per_node: neighbouring ranks that share a node, for two_hop; 0: what the launcher says.
+    payload: how rows are written on the wire: `auto` as they are computed, `fp32`, `bf16`, or `fp8`: tokens as
+        float8_e4m3fn with a scale a row, results and gradients in bf16.
+    chunks: runs of tokens whose transfers hide behind each other's work.
+    rows_budget: the most rows that may come to a rank at once, 0 for any. Where routing brings more, the tokens go in
+        as many runs as keep to it, one at a time, and the backward sends and computes each again: the same result,
+        slower.
     virtual_ranks: ranks played by threads of one process, in the debug launcher only (1 = none).
     recompute: rerun each decoder layer in the backward pass instead of keeping its activations.
     timeout_s: how long a collective may wait for its slowest rank before the run is declared hung.
@@ -18,7 +27,11 @@ class ParallelConfig:
 
     ep_size: int = 1
     zero_stage: int = 1
-    dispatch: Literal["all_to_all"] = "all_to_all"
+    dispatch: Literal["all_to_all", "dedup", "two_hop"] = "dedup"
+    ranks_per_node: int = 0
+    payload: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    chunks: int = 1
+    rows_budget: int = 0
     virtual_ranks: int = 1
     recompute: bool = False
     timeout_s: float = 600.0
@@ -32,6 +45,20 @@ class ParallelConfig:
             found.append(f"parallel.zero_stage = {self.zero_stage} does not exist; use 0, 1, 2 or 3")
         if self.virtual_ranks < 1:
             found.append(f"parallel.virtual_ranks = {self.virtual_ranks} must be at least 1")
+        if self.ranks_per_node < 0:
+            found.append(f"parallel.ranks_per_node = {self.ranks_per_node} must not be negative; 0 asks the launcher")
+        if self.ranks_per_node > 0 and self.ep_size % self.ranks_per_node and self.ranks_per_node % self.ep_size:
+            found.append(
+                f"parallel.ranks_per_node = {self.ranks_per_node} cuts groups of parallel.ep_size = {self.ep_size} "
+                f"into unequal parts; use a divisor or a multiple of {self.ep_size}"
+            )
+        if self.chunks < 1:
+            found.append(f"parallel.chunks = {self.chunks} must be at least 1")
+        if self.rows_budget and self.rows_budget < self.ep_size:
+            found.append(
+                f"parallel.rows_budget = {self.rows_budget} leaves less than a row for each of parallel.ep_size = "
+                f"{self.ep_size} ranks; use 0 (no limit) or at least {max(1, self.ep_size)}"
+            )
         if self.timeout_s <= 0:
             found.append(f"parallel.timeout_s = {self.timeout_s} must be positive (seconds)")
         return found

@@ -1,120 +1,166 @@
-"""Sending tokens to their experts and back: differentiable, dropless all-to-all with exact uneven splits.
+"""Sending tokens to their experts and back: differentiable, dropless, in chunks whose transfers hide behind work.
 
-# T tokens, D hidden, E routed experts, L local experts, K top-k, N = T*K routed rows, R received rows, G ep_size
+    rank    send c0, c1 | shared experts | experts c0 | experts c1        | add up c0, c1
+    links     c0 -> c1 ->                             results c0 -> results c1 ->
 
-    routed   (N, D)  this rank's rows, sorted by expert, therefore by destination rank
-    received (R, D)  what came, in order of source rank, then regrouped by local expert
+The backward mirrors it: gradients of results set out, the shared experts' backward runs, then each chunk's experts.
+One exchange of counts and one wait of the host a layer; none in the backward.
 """
 
-from dataclasses import dataclass
-from typing import Any
+# T tokens, D hidden, E routed experts, K top-k, C chunks
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from kernels.permute import Permutation, permutation, permute, sort_by_expert, unpermute
-from model.exchange import Dispatched
+from model.exchange import Exchange, ExpertFunction, LocalExchange
 from parallel.communicator import Communicator
-
-
-@dataclass(frozen=True)
-class DispatchHandle:
-    """What `combine` needs to bring rows back; frozen, so that a recomputation can use it again."""
-
-    routing: Permutation  # of N: flat (token, choice) index -> routed row
-    topk_weights: Tensor  # (T, K) fp32, differentiable
-    input_splits: list[int]  # (G,) rows sent to each rank
-    output_splits: list[int]  # (G,) rows received from each rank
-    regroup: Permutation  # of R: received row -> row grouped by expert
-
-
-class _AllToAll(torch.autograd.Function):
-    """Rows to their ranks; the gradient travels the same way back."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, rows: Tensor, input_splits: list[int], output_splits: list[int], communicator: Communicator
-    ) -> Tensor:
-        ctx.splits = (input_splits, output_splits)
-        ctx.communicator = communicator
-        return communicator.all_to_all(rows, input_splits, output_splits)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        input_splits, output_splits = ctx.splits
-        return ctx.communicator.all_to_all(gradient, output_splits, input_splits), None, None, None
+from parallel.config import ParallelConfig
+from parallel.counts import ChunkPlan, Header, check_headers, demands, exchange_counts, node_rows, plan
+from parallel.hop import Hop
+from parallel.ranks import Ranks
+from parallel.records import Form, forms
+from parallel.trip import Arrive, Depart, Trip
+from parallel.watch import Watch
+from parallel.wire import PayloadName
 
 
 class AllToAllExchange:
-    """The `model.exchange.Exchange` protocol over a communicator: a process group or virtual ranks.
+    """The `model.exchange.Exchange` protocol over communicators: process groups or virtual ranks.
 
     Args:
         communicator: the expert-parallel group as seen from this rank.
+        kind: `all_to_all` sends a row for each choice, `dedup` one for each (token, rank) pair, `two_hop` one for each
+            (token, node) pair between nodes and then one for each (token, rank) pair inside.
+        chunks: runs of tokens that travel and are computed one behind the other.
+        rows_budget: the most rows that may come to a rank at once, 0 for any. Where routing would bring more, the
+            tokens go in as many runs as keep to it, one at a time, and the backward sends and computes each again.
+        payload: how rows are written; `auto` in the dtype they are computed in.
+        nodes: of two_hop, the ranks with this rank's place in each node, in order of node.
+        inside: of two_hop, the ranks of this rank's node.
+        watch: where this rank is, for errors.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
+    def __init__(
+        self,
+        communicator: Communicator,
+        kind: Literal["all_to_all", "dedup", "two_hop"] = "dedup",
+        *,
+        chunks: int = 1,
+        rows_budget: int = 0,
+        payload: PayloadName = "auto",
+        nodes: Communicator | None = None,
+        inside: Communicator | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        if kind == "two_hop" and (nodes is None or inside is None or nodes.size * inside.size != communicator.size):
+            raise ValueError("two_hop needs the group of nodes and the group inside the node, which make up the whole")
         self.communicator = communicator
+        self.kind = kind
+        self.chunks = chunks
+        self.rows_budget = rows_budget
+        self.payload = payload
+        self.watch = Watch() if watch is None else watch
         self.ep_size = communicator.size
         self.ep_rank = communicator.rank
+        self.exchanges = 0
+        self._ways = [communicator] if kind != "two_hop" else [c for c in (nodes, inside) if c is not None]
 
-    def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, n_routed_experts: int) -> Dispatched:
-        """Sends each token to the ranks of its experts.
+    def run(
+        self,
+        x: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        n_routed_experts: int,
+        experts: ExpertFunction,
+        parameters: tuple[Tensor, ...],
+        meanwhile: Callable[[], Tensor] | None = None,
+        layer: str = "",
+    ) -> tuple[Tensor, Tensor | None]:
+        """See model.exchange.Exchange."""
+        self.exchanges += 1
+        self.watch.layer = layer
+        tokens_form, other_form = forms(self.payload, x.dtype)
+        plans, bounded = self._plan(topk_ids, n_routed_experts, x.shape[1], tokens_form, layer)
+        trip = Trip(
+            plans, bounded, self._hops(n_routed_experts), experts, topk_ids, self.kind == "all_to_all",
+            (self.ep_rank * n_routed_experts // self.ep_size, n_routed_experts // self.ep_size),
+            (tokens_form, other_form), self.watch, layer,
+        )  # fmt: skip
+        trip.keeps_graph = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (x, topk_weights, *parameters)
+        )
+        mark = Depart.apply(trip, x, topk_weights, *parameters)
+        aside = None if meanwhile is None else meanwhile()
+        return Arrive.apply(trip, mark), aside
 
-        Args:
-            x: (T, D) tokens; T may be 0 and may differ between ranks.
-            topk_ids: (T, K) int64 global expert numbers.
-            topk_weights: (T, K) fp32 weights of the choices.
-            n_routed_experts: E, a multiple of ep_size.
+    def _hops(self, n_experts: int) -> list[Hop]:
+        local = n_experts // self.ep_size
+        if len(self._ways) == 1:
+            return [Hop(self._ways[0], 0, local)]
+        nodes, inside = self._ways
+        per_node = inside.size * local
+        return [
+            Hop(nodes, 0, per_node, "between nodes: "),
+            Hop(inside, nodes.rank * per_node, local, "inside the node: "),
+        ]
 
-        Returns:
-            The received rows, grouped by local expert in ascending order.
-        """
-        routing = sort_by_expert(topk_ids)
-        counts = torch.bincount(topk_ids.flatten(), minlength=n_routed_experts)  # (E,)
-        sent = counts.view(self.ep_size, n_routed_experts // self.ep_size)  # (G, L)
-        ones = [1] * self.ep_size
-        came = self.communicator.all_to_all(sent, ones, ones)  # (G, L): rows that rank g sends to each expert here
-        sent_host, came_host = torch.stack((sent, came)).tolist()  # the one host synchronisation of the layer
-        input_splits = [sum(row) for row in sent_host]
-        output_splits = [sum(row) for row in came_host]
-        routed = permute(x, routing, topk_ids.shape[1])  # (N, D)
-        received = _AllToAll.apply(routed, input_splits, output_splits, self.communicator)  # (R, D)
-        regroup = permutation(regroup_index(came))
-        rows = permute(received, regroup)  # (R, D), grouped by expert
-        rows_per_expert = tuple(sum(column) for column in zip(*came_host, strict=True))
-        handle = DispatchHandle(routing, topk_weights, input_splits, output_splits, regroup)
-        return Dispatched(rows, rows_per_expert, handle)
+    def _plan(self, ids: Tensor, n_experts: int, hidden: int, form: Form, layer: str) -> tuple[list[ChunkPlan], bool]:
+        """Exchanges counts; where they break the budget, again for as many chunks as keep to it."""
+        plans, most = self._ask(ids, n_experts, hidden, form, layer, self.chunks)
+        if not self.rows_budget or most[0] <= self.rows_budget:
+            return plans, False
+        a_token = min(ids.shape[1], n_experts // self.ep_size) if self.kind == "all_to_all" else 1
+        at_once = max(1, self.rows_budget // (self.ep_size * a_token))  # tokens of each rank in a chunk
+        plans, _ = self._ask(ids, n_experts, hidden, form, layer, -(-most[1] // at_once))
+        return plans, True
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
-        """Brings the experts' outputs back and sums them, weighted, over each token's choices.
-
-        Args:
-            rows: (R, D) outputs in the order of `dispatched.rows`.
-            dispatched: what `dispatch` returned.
-
-        Returns:
-            (T, D) the weighted sums.
-        """
-        handle: DispatchHandle = dispatched.handle
-        back = permute(rows, Permutation(handle.regroup.inverse, handle.regroup.order))  # (R, D) by source rank
-        routed = _AllToAll.apply(back, handle.output_splits, handle.input_splits, self.communicator)  # (N, D)
-        return unpermute(routed, handle.topk_weights, handle.routing)  # (T, D)
+    def _ask(
+        self, ids: Tensor, n_experts: int, hidden: int, form: Form, layer: str, chunks: int
+    ) -> tuple[list[ChunkPlan], tuple[int, int]]:
+        """Returns the plans and, with a budget, the most rows of a rank and the most tokens, over all ranks."""
+        header = Header(
+            self.exchanges, self.watch.step, layer, chunks, ids.shape[1], hidden, n_experts, form.dtype.itemsize
+        )
+        asked = demands(ids, chunks, self.ep_size, n_experts, self.kind == "all_to_all")
+        first = node_rows(ids, chunks, self._ways[0].size, n_experts) if len(self._ways) > 1 else None
+        splits, rows, headers = exchange_counts(asked, first, self._ways, header)
+        most = rows.new_zeros(2)
+        if self.rows_budget:
+            came = torch.stack([hop[1].sum() for hop in splits]).max()
+            most = torch.stack([came, rows.new_full((), ids.shape[0])])
+            self.communicator.all_reduce(most, "max")
+        numbers = _to_host([*splits, rows, *headers, most])  # the one wait of the host
+        n_hops = len(splits)
+        for way, came in zip(self._ways, numbers[n_hops + 1 : -1], strict=True):
+            members = getattr(way, "members", list(range(way.size)))
+            check_headers(header, came, members, members[way.rank])
+        return plan(ids.shape[0], numbers[:n_hops], numbers[n_hops]), tuple(numbers[-1])
 
 
-def regroup_index(came: Tensor) -> Tensor:
-    """The permutation from "by source rank, then expert" to "by expert, then source rank".
+def make_exchange(config: ParallelConfig, ranks: Ranks) -> Exchange:
+    """The exchange that a configuration asks for; with one rank and no budget nothing has to be cut or sent."""
+    if ranks.layout.ep_size == 1 and not config.rows_budget:
+        return LocalExchange()
+    spans = ranks.nodes is not None and ranks.inside is not None
+    return AllToAllExchange(
+        ranks.ep,
+        "dedup" if config.dispatch == "two_hop" and not spans else config.dispatch,
+        chunks=config.chunks,
+        rows_budget=config.rows_budget,
+        payload=config.payload,
+        nodes=ranks.nodes,
+        inside=ranks.inside,
+        watch=ranks.watch,
+    )
 
-    Args:
-        came: (G, L) int64, rows from each source rank for each local expert.
 
-    Returns:
-        (R,) int64: for each row in the new order its place in the old one.
-    """
-    n_sources, n_local = came.shape
-    sizes = came.flatten()  # old order: source-major
-    starts = sizes.cumsum(0) - sizes
-    block_order = torch.arange(n_sources * n_local, device=came.device).view(n_sources, n_local).t().flatten()
-    new_sizes = sizes[block_order]
-    new_starts = new_sizes.cumsum(0) - new_sizes
-    shift = torch.repeat_interleave(starts[block_order] - new_starts, new_sizes)
-    return torch.arange(shift.numel(), device=came.device) + shift
+def _to_host(tensors: Sequence[Tensor]) -> list[Any]:
+    """Nested lists of several integer tensors with one copy from the device."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
+    return [
+        part.view(tensor.shape).tolist()
+        for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True)
+    ]

@@ -1,25 +1,33 @@
 """One rank's place and the three groups it talks to, for processes, virtual ranks, or a world of one."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from parallel.communicator import Communicator, ProcessCommunicator, SingleCommunicator
+from parallel.communicator import Communicator, ProcessCommunicator, SingleCommunicator, Traffic
 from parallel.layout import Layout
 from parallel.threads import VirtualWorld
+from parallel.watch import Watch
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """dp: all ranks. ep: those that together hold every expert once. edp: those that hold the same experts."""
+    """dp: all ranks. ep: those that together hold every expert once. edp: those that hold the same experts.
+
+    nodes, inside: where an ep group spans several nodes, its ranks with this rank's place in each node, and its ranks
+    in this rank's node; None otherwise. Both count into ep's traffic. watch: where this rank is, and who is missing.
+    """
 
     layout: Layout
     dp: Communicator
     ep: Communicator
     edp: Communicator
+    nodes: Communicator | None = None
+    inside: Communicator | None = None
+    watch: Watch = field(default_factory=Watch)
 
 
 def single_rank() -> Ranks:
@@ -27,15 +35,26 @@ def single_rank() -> Ranks:
     return Ranks(Layout(1, 1, 0), SingleCommunicator(), SingleCommunicator(), SingleCommunicator())
 
 
-def virtual_ranks(world: VirtualWorld, ep_size: int, rank: int) -> Ranks:
-    """The groups of a virtual rank (a thread)."""
-    layout = Layout(world.size, ep_size, rank)
+def virtual_ranks(world: VirtualWorld, ep_size: int, rank: int, ranks_per_node: int = 0) -> Ranks:
+    """The groups of a virtual rank (a thread); ranks_per_node 0: all on one node."""
+    layout = Layout(world.size, ep_size, rank, ranks_per_node)
+    ep = world.communicator(layout.ep_groups()[layout.edp_rank], rank)
+    nodes, inside = (
+        world.communicator(_mine(groups, rank), rank, ep.traffic) if groups else None
+        for groups in (layout.node_groups(), layout.inside_groups())
+    )
     return Ranks(
         layout,
         world.communicator(list(range(world.size)), rank),
-        world.communicator(layout.ep_groups()[layout.edp_rank], rank),
+        ep,
         world.communicator(layout.edp_groups()[layout.ep_rank], rank),
+        nodes,
+        inside,
     )
+
+
+def _mine(groups: list[list[int]], rank: int) -> list[int]:
+    return next(group for group in groups if rank in group)
 
 
 def join_process_group(
@@ -56,25 +75,35 @@ def join_process_group(
     )
 
 
-def process_ranks(ep_size: int, timeout_s: float) -> Ranks:
+def process_ranks(ep_size: int, timeout_s: float, ranks_per_node: int = 0) -> Ranks:
     """Creates the groups of this process; collective over the default process group, which must exist.
 
     A group that would be the whole world is the default group, and a group of one rank needs no group at all.
-    """
-    layout = Layout(dist.get_world_size(), ep_size, dist.get_rank())
-    timeout = timedelta(seconds=timeout_s)
 
-    def communicator(groups: list[list[int]]) -> Communicator:
+    Args:
+        ranks_per_node: neighbouring ranks that share a node; 0: all do.
+    """
+    layout = Layout(dist.get_world_size(), ep_size, dist.get_rank(), ranks_per_node)
+    timeout = timedelta(seconds=timeout_s)
+    # The store that the default group was made with; torch has no other name for it.
+    watch = Watch(dist.distributed_c10d._get_default_store(), layout.rank, timeout_s)
+
+    def communicator(groups: list[list[int]], traffic: Traffic | None = None) -> Communicator:
         if len(groups[0]) == 1:
             return SingleCommunicator()
         if len(groups[0]) == layout.world_size:
-            return ProcessCommunicator()
+            return ProcessCommunicator(None, watch, traffic)
         made = [dist.new_group(ranks, timeout=timeout) for ranks in groups]  # every rank makes every group
         mine = next(i for i, ranks in enumerate(groups) if layout.rank in ranks)
-        return ProcessCommunicator(made[mine])
+        return ProcessCommunicator(made[mine], watch, traffic)
 
-    dp: Communicator = ProcessCommunicator() if layout.world_size > 1 else SingleCommunicator()
-    return Ranks(layout, dp, communicator(layout.ep_groups()), communicator(layout.edp_groups()))
+    dp: Communicator = ProcessCommunicator(None, watch) if layout.world_size > 1 else SingleCommunicator()
+    ep, edp = communicator(layout.ep_groups()), communicator(layout.edp_groups())
+    nodes, inside = (
+        communicator(groups, ep.traffic) if groups else None
+        for groups in (layout.node_groups(), layout.inside_groups())
+    )
+    return Ranks(layout, dp, ep, edp, nodes, inside, watch)
 
 
 def choose_device(accelerator: str, local_rank: int) -> torch.device:

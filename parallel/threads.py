@@ -4,6 +4,7 @@ For debugging: the true expert-parallel path, in one process, with a breakpoint 
 they are deterministic.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.communicator import Reduction, Traffic
+from parallel.communicator import Arrived, Pending, Reduction, Traffic
 
 
 class ThreadGroup:
@@ -30,11 +31,11 @@ class ThreadCommunicator:
     A rank that fails breaks the group's gate, and every other rank leaves its wait with `threading.BrokenBarrierError`.
     """
 
-    def __init__(self, group: ThreadGroup, rank: int) -> None:
+    def __init__(self, group: ThreadGroup, rank: int, traffic: Traffic | None = None) -> None:
         self.group = group
         self.rank = rank
         self.size = group.size
-        self.traffic = Traffic()
+        self.traffic = Traffic() if traffic is None else traffic
 
     def _swap(self, value: Any, read: Callable[[list[Any]], Any]) -> Any:
         """Shows `value` to the group, lets `read` look at all slots, and leaves when everybody has looked."""
@@ -42,6 +43,7 @@ class ThreadCommunicator:
         self.group.gate.wait()
         seen = read(self.group.slots)
         self.group.gate.wait()
+        self.group.slots[self.rank] = None  # everybody has looked: do not keep it alive
         return seen
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum") -> Tensor:
@@ -80,10 +82,18 @@ class ThreadCommunicator:
             return torch.cat(parts)
 
         received = self._swap((rows.detach(), list(input_splits)), collect)
-        self.traffic.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.traffic.seconds += seconds
+        self.traffic.exposed_seconds += seconds
         elsewhere = sum(input_splits) - input_splits[self.rank]
-        self.traffic.bytes_sent += elsewhere * rows.element_size() * rows[:1].numel()
+        self.traffic.bytes_sent += elsewhere * rows.element_size() * math.prod(rows.shape[1:])
         return received
+
+    def start_all_to_all(
+        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+    ) -> Pending:
+        """Done when it returns: a thread has nobody to do it meanwhile."""
+        return Arrived(self.all_to_all(rows, input_splits, output_splits))
 
     def gather(self, value: Any) -> list[Any]:
         """Returns every rank's value."""
@@ -102,11 +112,12 @@ class VirtualWorld:
         self._groups: dict[tuple[int, ...], ThreadGroup] = {}
         self._lock = threading.Lock()
 
-    def communicator(self, ranks: list[int], rank: int) -> ThreadCommunicator:
-        """The view that world rank `rank` has of the group made of the world ranks `ranks`."""
+    def communicator(self, ranks: list[int], rank: int, traffic: Traffic | None = None) -> ThreadCommunicator:
+        """The view that world rank `rank` has of the group made of the world ranks `ranks`; `traffic`: where to count,
+        None for counters of its own."""
         with self._lock:
             group = self._groups.setdefault(tuple(ranks), ThreadGroup(len(ranks)))
-        return ThreadCommunicator(group, ranks.index(rank))
+        return ThreadCommunicator(group, ranks.index(rank), traffic)
 
     def abort(self) -> None:
         """Breaks every wait: called once a rank has failed."""

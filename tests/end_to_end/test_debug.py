@@ -69,17 +69,17 @@ POISONED = """
 import torch
 from launch.cli import main
 from model.moe import Experts
-real = Experts.forward
+real = Experts.each_row
 calls = 0
-def poisoned(self, rows, rows_per_expert):
+def poisoned(self, rows, rows_per_expert, *weights):
     global calls
     calls += 1
-    out = real(self, rows, rows_per_expert)
+    out = real(self, rows, rows_per_expert, *weights)
     if calls > 4:
         out = out.clone()
         out[rows_per_expert[0]] = float("nan")  # the first row of the second local expert
     return out
-Experts.forward = poisoned
+Experts.each_row = poisoned
 raise SystemExit(main(__import__("sys").argv[1:]))
 """
 
@@ -100,14 +100,14 @@ PDB = """
 import sys
 from launch.cli import main
 from parallel.exchange import AllToAllExchange
-real = AllToAllExchange.dispatch
+real = AllToAllExchange.run
 stops = []
-def dispatch(self, x, topk_ids, topk_weights, n):
+def run(self, x, *rest):
     if len(stops) < 2 and self.ep_rank not in stops:
         stops.append(self.ep_rank)
         breakpoint()
-    return real(self, x, topk_ids, topk_weights, n)
-AllToAllExchange.dispatch = dispatch
+    return real(self, x, *rest)
+AllToAllExchange.run = run
 raise SystemExit(main(sys.argv[1:]))
 """
 

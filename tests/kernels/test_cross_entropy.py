@@ -1,4 +1,6 @@
-"""Cross-entropy of a linear head in chunks against torch's own on whole logits, in fp64."""
+"""Cross-entropy of a linear head in blocks against torch's own on whole logits, in fp64."""
+
+import itertools
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ def case(dtype=torch.float32, tokens=13, hidden=6, vocab=11):
     return x, weight, torch.randint(0, vocab, (tokens,))
 
 
-@pytest.mark.parametrize("keep_bytes", [0, 2**20], ids=["logits computed again", "logits kept"])
-@pytest.mark.parametrize("chunk_rows", [1, 5, 13, 100])
+@pytest.mark.parametrize("keep_bytes", [0, 13 * 5 * 4, 2**20], ids=["none kept", "a block kept", "all kept"])
+@pytest.mark.parametrize("words", [1, 5, 11, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients(dtype, chunk_rows, keep_bytes, monkeypatch):
-    monkeypatch.setattr(kernels.cross_entropy, "CHUNK_BYTES", {"cpu": chunk_rows * 11 * 4})
+def test_values_and_gradients(dtype, words, keep_bytes, monkeypatch):
+    monkeypatch.setattr(kernels.cross_entropy, "BLOCK_BYTES", {"cpu": words * 13 * 4})
+    monkeypatch.setattr(kernels.cross_entropy, "LEAST_WORDS", 1)
     x, weight, targets = case(dtype)
     losses = linear_cross_entropy(x, weight, targets, keep_bytes)
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
@@ -61,3 +64,37 @@ def test_autocast():
     losses.sum().backward()
     assert losses.dtype == torch.float32
     assert weight.grad.dtype == torch.float32
+
+
+def test_gradcheck_in_fp64(monkeypatch):
+    monkeypatch.setattr(kernels.cross_entropy, "BLOCK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(kernels.cross_entropy, "LEAST_WORDS", 4)
+    x, weight, targets = case(torch.float64)
+    for keep_bytes in (0, 2**20):
+        assert torch.autograd.gradcheck(
+            lambda x, w, kept=keep_bytes: linear_cross_entropy(x, w, targets, kept), (x, weight)
+        )
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 5000])
+def test_blocks_cover_the_vocabulary_and_their_size_is_bounded(tokens):
+    hidden, weight = torch.empty(tokens, 4), torch.empty(129_280, 4)
+    blocks = list(kernels.cross_entropy._blocks(hidden, weight, torch.float32))
+    assert blocks[0].start == 0
+    assert blocks[-1].stop == 129_280
+    assert all(one.stop == other.start for one, other in itertools.pairwise(blocks))
+    widest = max(block.stop - block.start for block in blocks)
+    least = kernels.cross_entropy.LEAST_WORDS
+    assert widest <= max(least, kernels.cross_entropy.BLOCK_BYTES["cpu"] // (4 * tokens)) + 63
+
+
+@pytest.mark.parametrize("keep_bytes", [0, 13 * 5 * 4 * 2])
+def test_what_is_kept_for_the_backward_is_bounded(keep_bytes, monkeypatch):
+    monkeypatch.setattr(kernels.cross_entropy, "BLOCK_BYTES", {"cpu": 13 * 4 * 4})
+    monkeypatch.setattr(kernels.cross_entropy, "LEAST_WORDS", 1)
+    x, weight, targets = case()
+    losses = linear_cross_entropy(x, weight, targets, keep_bytes)
+    kept = [tensor for tensor in losses.grad_fn.saved_tensors if tensor.shape[0] == 13 and tensor.dim() == 2]
+    logits = [tensor for tensor in kept if tensor.data_ptr() != x.data_ptr()]
+    assert sum(tensor.numel() * 4 for tensor in logits) <= keep_bytes
+    assert bool(logits) == bool(keep_bytes)

@@ -23,7 +23,7 @@ def run_cases(**environment: str) -> None:
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/triton_cases.py"]
     done = subprocess.run(
-        command, cwd=ROOT, env=plain | environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=plain | environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout

@@ -2,6 +2,7 @@
 
 import pytest
 
+from parallel.config import ParallelConfig
 from parallel.threads import run_virtual_ranks
 from tests.ranks import training
 from tests.ranks.spawn import run_ranks
@@ -55,6 +56,38 @@ def test_virtual_ranks(reference: dict, world: int, ep_size: int, recompute: boo
             assert gradient == pytest.approx(reference["gradients"][name], rel=1e-3, abs=2e-6), name
     names = {name for result in found for name in result["gradients"]}
     assert names == set(reference["gradients"]), "every logical parameter has a gradient on some rank"
+
+
+WAYS = {
+    "a row a choice": {"dispatch": "all_to_all"},
+    "chunks": {"chunks": 3},
+    "budget": {"rows_budget": 16},
+    "two hops": {"dispatch": "two_hop", "ranks_per_node": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_ways_of_dispatch(reference: dict, way: str, recompute: bool) -> None:
+    parallel = ParallelConfig(ep_size=4, **WAYS[way])
+    found = run_virtual_ranks(
+        4, lambda group, rank: training.virtual(group, rank, 4, 1, recompute, gradients=True, parallel=parallel)
+    )
+    for rank, result in enumerate(found):
+        assert_same(result, reference, f"virtual rank {rank} of 4, {way}, recompute {recompute}")
+        for name, gradient in result["gradients"].items():
+            assert gradient == pytest.approx(reference["gradients"][name], rel=1e-3, abs=2e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ways_of_dispatch_under_zero(reference: dict, stage: int) -> None:
+    ways = [way for way in WAYS if way != "two hops"]
+    cases = [[2, stage, 1, recompute, "fp32", STEPS, WAYS[way]] for way in ways for recompute in (False, True)]
+    by_rank = run_ranks(2, "tests.ranks.training:zero_cases", {"cases": cases})
+    for rank, results in enumerate(by_rank):
+        for case, result in zip(cases, results, strict=True):
+            assert_same(result, reference, f"rank {rank} of 2, {case}")
 
 
 @pytest.mark.slow

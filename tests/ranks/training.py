@@ -8,7 +8,6 @@ from torch import Tensor
 
 from launch.losses import Weights, compute_losses, target_counts
 from model.config import ModelConfig
-from model.exchange import LocalExchange
 from model.init import init_weights
 from model.naming import pieces
 from model.router import choose_experts
@@ -16,9 +15,9 @@ from model.routing_stats import Collect
 from model.slots import local_experts
 from model.transformer import Transformer
 from parallel.balance import Balancer
-from parallel.config import BalanceConfig, OptimizerConfig
+from parallel.config import BalanceConfig, OptimizerConfig, ParallelConfig
 from parallel.engine import PlainEngine
-from parallel.exchange import AllToAllExchange
+from parallel.exchange import make_exchange
 from parallel.ranks import Ranks, process_ranks, single_rank, virtual_ranks
 
 MODEL = ModelConfig(
@@ -30,6 +29,7 @@ MODEL = ModelConfig(
 OPTIMIZER = OptimizerConfig(lr=3e-3, grad_clip=0.5, warmup_steps=0, schedule="constant")
 BALANCE = BalanceConfig(rate=0.01, seq_aux_loss_coef=1e-3)
 SEQUENCES, LENGTH = 8, 16
+PLAIN = ParallelConfig()
 
 
 class Batch(NamedTuple):
@@ -59,9 +59,9 @@ def my_batches(step: int, rank: int, world_size: int, accumulation: int) -> list
     return [Batch(*(field[part] for field in whole)) for part in mine.chunk(accumulation)]
 
 
-def build(ranks: Ranks, recompute: bool, seed: int = 5) -> Transformer:
+def build(ranks: Ranks, recompute: bool, seed: int = 5, parallel: ParallelConfig = PLAIN) -> Transformer:
     """The model of one rank, with everybody's start values."""
-    exchange = AllToAllExchange(ranks.ep) if ranks.layout.ep_size > 1 else LocalExchange()
+    exchange = make_exchange(parallel, ranks)
     model = Transformer(MODEL, exchange, recompute=recompute)
     init_weights(model, seed)
     return model
@@ -154,10 +154,13 @@ def one_rank(
     return train(engine, model, ranks, accumulation, range(steps), gradients, NearTies(model), balance)
 
 
-def virtual(world, rank: int, ep_size: int, accumulation: int, recompute: bool, gradients: bool = False) -> dict:
+def virtual(
+    world, rank: int, ep_size: int, accumulation: int, recompute: bool, gradients: bool = False,
+    parallel: ParallelConfig = PLAIN,
+) -> dict:  # fmt: skip
     """One virtual rank."""
-    ranks = virtual_ranks(world, ep_size, rank)
-    model = build(ranks, recompute)
+    ranks = virtual_ranks(world, ep_size, rank, parallel.ranks_per_node)
+    model = build(ranks, recompute, parallel=parallel)
     engine = PlainEngine(model, OPTIMIZER, ranks.layout, ranks.dp, ranks.edp)
     return train(engine, model, ranks, accumulation, range(5), gradients)
 
@@ -168,13 +171,15 @@ def zero_cases(rank: int, world_size: int, payload: dict) -> list[dict]:
 
 
 def zero(
-    rank: int, ep_size: int, stage: int, accumulation: int, recompute: bool, precision: str = "fp32", steps: int = 5
-) -> dict:
-    """Steps under DeepSpeed at one layout."""
+    rank: int, ep_size: int, stage: int, accumulation: int, recompute: bool, precision: str = "fp32", steps: int = 5,
+    options: dict[str, Any] | None = None,
+) -> dict:  # fmt: skip
+    """Steps under DeepSpeed at one layout; options: of ParallelConfig."""
     from parallel.zero import ZeroEngine
 
-    ranks = process_ranks(ep_size, 120)
-    model = build(ranks, recompute)
+    parallel = ParallelConfig(**(options or {}))
+    ranks = process_ranks(ep_size, 120, parallel.ranks_per_node)
+    model = build(ranks, recompute, parallel=parallel)
     engine = ZeroEngine(
         model, OPTIMIZER, ranks.layout, stage=stage, n_experts=MODEL.n_routed_experts, precision=precision,
         micro_batch_size=SEQUENCES // ranks.layout.world_size // accumulation, accumulation_steps=accumulation,

@@ -146,19 +146,19 @@ def test_flip_changes_one_bit_of_what_is_replicated() -> None:
     assert torch.equal(model.mlp.experts.down_proj, torch.ones(2, 4))
 
 
-def test_phase_exchange_strikes_at_the_dispatch() -> None:
+def test_phase_exchange_strikes_before_the_transfers() -> None:
     exchange = LocalExchange()
     assert Faults("raise@step=2").wrap(exchange) is exchange
     faults = Faults("raise@step=2,phase=exchange")
     drilled = faults.wrap(exchange)
-    arguments = (torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1), 2)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    arguments = (torch.ones(2, 4), ids, torch.ones(2, 1), 2, lambda rows, *_: 3 * rows, ())
     faults.at("forward", 1)
-    rows = drilled.dispatch(*arguments)
-    assert drilled.combine(rows.rows, rows).shape == (2, 4) and drilled.ep_size == 1
+    assert drilled.run(*arguments)[0].tolist() == [[3.0] * 4] * 2 and drilled.ep_size == 1
     faults.at("forward", 2)
     faults.save_hook(1)("mid_write")  # of an earlier step, from another thread
     with pytest.raises(DrillError):
-        drilled.dispatch(*arguments)
+        drilled.run(*arguments)
 
 
 @pytest.mark.parametrize(("kind", "number"), [("kill", 9), ("stop", 19)])

@@ -32,7 +32,7 @@ def reduced(rank_seconds: list[float], rank_bytes: list[int], pairs: bool = Fals
             scale = micro * 10**rank
             stats.add(losses(1.0 * scale, 0.5 * scale, 2.0, 3.0), routing([rank, micro], [0.25, scale], table))
         ranks = world.communicator(list(range(len(rank_seconds))), rank)
-        return stats.reduce(ranks, Traffic(rank_seconds[rank], rank_bytes[rank]))
+        return stats.reduce(ranks, Traffic(9.0, rank_seconds[rank], rank_bytes[rank]))
 
     return run_virtual_ranks(len(rank_seconds), work)
 
@@ -53,7 +53,8 @@ def test_sums_are_of_all_micro_steps_and_ranks() -> None:
 def test_waiting_is_beyond_the_rank_that_came_last() -> None:
     """The last to arrive waits for nobody: what it spends is the transfer's own time."""
     by_rank = reduced([0.5, 0.2, 1.1, 0.2], [0, 0, 0, 0])
-    assert [stats.all_to_all_seconds for stats in by_rank] == [0.5, 0.2, 1.1, 0.2]
+    assert [stats.all_to_all_seconds for stats in by_rank] == [9.0] * 4
+    assert [stats.exposed_all_to_all_seconds for stats in by_rank] == [0.5, 0.2, 1.1, 0.2]
     for stats in by_rank:
         assert stats.waiting_seconds == pytest.approx((0.3 + 0.0 + 0.9 + 0.0) / 4)
     assert reduced([0.4, 0.4], [0, 0])[0].waiting_seconds == 0.0
@@ -62,7 +63,7 @@ def test_waiting_is_beyond_the_rank_that_came_last() -> None:
 def test_one_rank_never_waits() -> None:
     stats = StepStats()
     stats.add(losses(1.0, 0.0, 0.0), routing([0, 0], [0.0, 0.0]))
-    found = stats.reduce(SingleCommunicator(), Traffic(0.7, 0))
+    found = stats.reduce(SingleCommunicator(), Traffic(0.9, 0.7, 0))
     assert (found.waiting_seconds, found.bytes_sent, found.losses) == (0.0, 0, [1.0])
 
 
@@ -77,7 +78,7 @@ def test_a_loss_that_is_not_a_number_spoils_no_other_figure() -> None:
     """Everything travels in one tensor: a step that is going to be skipped is still recorded."""
     stats = StepStats()
     stats.add(losses(float("nan"), 1.0, 2.0), routing([4, 5], [1.0, 1.0]))
-    found = stats.reduce(SingleCommunicator(), Traffic(0.0, 9))
+    found = stats.reduce(SingleCommunicator(), Traffic(0.0, 0.0, 9))
     assert found.losses[0] != found.losses[0]
     assert (found.changed_by_bias.tolist(), found.bytes_sent, found.batch_balance) == ([4, 5], 9, 2.0)
 

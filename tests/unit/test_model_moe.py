@@ -74,25 +74,38 @@ def test_all_tokens_on_the_same_experts():
     torch.testing.assert_close(out, dense(module, x, topk_ids, topk_weights), rtol=1e-5, atol=1e-6)
 
 
+def each_row_as_it_is(rows, token_of_row, rows_per_expert, weights, scale):
+    """Experts that hand rows through: the weighted sum alone."""
+    picked = rows[token_of_row] * weights[:, None] * scale
+    return torch.zeros_like(rows).index_add(0, token_of_row, picked)
+
+
 def test_exchange_without_any_token():
-    exchange = LocalExchange()
     x = torch.zeros(0, 6, requires_grad=True)
-    dispatched = exchange.dispatch(x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), 4)
-    assert dispatched.rows.shape == (0, 6)
-    assert dispatched.rows_per_expert == (0, 0, 0, 0)
-    out = exchange.combine(dispatched.rows, dispatched)
-    assert out.shape == (0, 6)
+    scale = torch.ones((), requires_grad=True)
+    out, aside = LocalExchange().run(
+        x, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), 4, each_row_as_it_is, (scale,)
+    )
+    assert out.shape == (0, 6) and aside is None
     out.sum().backward()
-    assert x.grad.shape == (0, 6)
+    assert x.grad.shape == (0, 6) and scale.grad == 0
 
 
-def test_dispatch_groups_rows_by_expert_in_token_order():
-    exchange = LocalExchange()
+def test_experts_get_choices_sorted_by_expert_in_token_order():
+    seen = []
+
+    def experts(rows, token_of_row, rows_per_expert, weights):
+        seen.append((rows[token_of_row].flatten().tolist(), rows_per_expert, weights.tolist()))
+        return each_row_as_it_is(rows, token_of_row, rows_per_expert, weights, 1.0)
+
     x = torch.arange(3.0)[:, None]
     ids = torch.tensor([[2, 0], [0, 3], [2, 3]])
-    dispatched = exchange.dispatch(x, ids, torch.ones(3, 2), 4)
-    assert dispatched.rows_per_expert == (2, 0, 2, 2)
-    assert dispatched.rows.flatten().tolist() == [0, 1, 0, 2, 1, 2]
+    weights = torch.tensor([[0.0, 0.1], [1.0, 1.1], [2.0, 2.1]])
+    out, aside = LocalExchange().run(x, ids, weights, 4, experts, (), lambda: x + 1)
+    moved = torch.tensor([0.1, 1.0, 0.0, 2.0, 1.1, 2.1]).tolist()
+    assert seen == [([0, 1, 0, 2, 1, 2], (2, 0, 2, 2), moved)]
+    torch.testing.assert_close(out, x * weights.sum(1, keepdim=True))
+    assert aside.flatten().tolist() == [1, 2, 3]
 
 
 def test_experts_that_do_not_divide_are_refused():

@@ -16,6 +16,21 @@ def test_the_layout_of_the_docstring() -> None:
     assert layout.ep_groups() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert layout.edp_groups() == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert (layout.ep_rank, layout.edp_rank, layout.edp_size) == (2, 1, 2)
+    assert layout.inside_groups() == layout.node_groups() == []
+    on_nodes = Layout(8, 4, 6, ranks_per_node=2)
+    assert on_nodes.inside_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert on_nodes.node_groups() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+@pytest.mark.parametrize(("per_node", "ep_size", "spans"), [(2, 4, True), (4, 4, False), (8, 4, False), (0, 4, False)])
+def test_an_ep_group_spans_nodes_where_they_are_smaller(per_node: int, ep_size: int, spans: bool) -> None:
+    layout = Layout(8, ep_size, 0, per_node)
+    assert layout.spans_nodes == bool(layout.node_groups()) == bool(layout.inside_groups()) == spans
+
+
+def test_nodes_that_cut_an_ep_group_unevenly_are_refused() -> None:
+    with pytest.raises(ValueError, match="nodes of 3 ranks cut expert-parallel groups of 4 into unequal parts"):
+        Layout(12, 4, 0, ranks_per_node=3)
 
 
 @given(worlds)
