@@ -10,6 +10,11 @@ class ClusterConfig:
 
     nodes 1 lets a scheduler pack the workers as tightly as it can; more than 1 asks for exactly that many machines
     with `workers / nodes` workers each. threads_per_worker 0 means the node's cores divided by its workers.
+
+    A run that fails is started again from its newest checkpoint: `restarts` times for each kind of cause without a new
+    checkpoint between, after backoff_s, doubled each time up to backoff_max_s. 0 restarts never. Where nodes are
+    missing it waits wait_for_nodes_s for them, then goes on with the largest number of workers that the configuration
+    can run on, but not with fewer than min_workers; when the nodes are back it grows again.
     """
 
     nodes: int = 1
@@ -22,11 +27,16 @@ class ClusterConfig:
     failure_grace_s: float = 3.0  # the same for the others after one rank has failed
     unresponsive_s: float = 300.0  # a Ray worker that answers nothing for so long counts as dead
     capacity_wait_s: float = 0.0  # how long a Ray cluster may take to grow to the size asked for
+    restarts: int = 3
+    backoff_s: float = 1.0
+    backoff_max_s: float = 60.0
+    wait_for_nodes_s: float = 60.0
+    min_workers: int = 1
 
     def problems(self) -> list[str]:
         """Every rule that this section breaks, each with its key, value and a way out."""
         found = []
-        for name in ("nodes", "workers", "cpus_per_worker"):
+        for name in ("nodes", "workers", "cpus_per_worker", "min_workers"):
             value = getattr(self, name)
             if value < 1:
                 found.append(f"cluster.{name} = {value} must be at least 1")
@@ -47,6 +57,17 @@ class ClusterConfig:
             value = getattr(self, name)
             if not value > 0:
                 found.append(f"cluster.{name} = {value} must be more than 0 seconds")
+        if self.restarts < 0:
+            found.append(f"cluster.restarts = {self.restarts} must be 0 (never start again) or more")
+        if self.min_workers > self.workers >= 1:
+            found.append(
+                f"cluster.min_workers = {self.min_workers} is more than cluster.workers = {self.workers}; "
+                f"use {self.workers} or fewer"
+            )
+        for name in ("backoff_s", "backoff_max_s", "wait_for_nodes_s"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                found.append(f"cluster.{name} = {value} must be 0 or more seconds")
         if self.capacity_wait_s < 0:
             found.append(f"cluster.capacity_wait_s = {self.capacity_wait_s} must be 0 (do not wait) or more seconds")
         return found

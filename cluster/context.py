@@ -51,8 +51,10 @@ class RankContext:
 class RankFailure:
     """Why one rank did not deliver a result.
 
-    kind: "exception" (the entry raised), "killed" (a signal or a lost actor), "exited" (the process ended without a
-    result), "start" (never began), "timeout" (answered or stopped too late). observed_at: time.time() seconds.
+    kind: "exception" (the entry raised), "killed" (a signal or a lost actor), "node" (lost with its machine), "exited"
+    (the process ended without a result), "start" (never began), "capacity" (no room for the ranks), "timeout"
+    (answered or stopped too late). observed_at: time.time() seconds. exception: the names of what was raised, its
+    class first, then its base classes. node: the id of the machine, "" where the launcher knows only one.
     """
 
     rank: int
@@ -61,6 +63,8 @@ class RankFailure:
     signal: int | None = None
     exit_code: int = EXIT_FAILED
     observed_at: float = 0.0
+    exception: tuple[str, ...] = ()
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,14 @@ class LaunchResult:
     """The end of a launch: 0 done, 75 stopped on request, 2 refused before anything ran, 1 anything else.
 
     results holds each rank's returned object by rank, None where there is none. error is one text for people: the
-    first cause. failures lists every rank's own failure, the likely cause first.
+    first cause. failures lists every rank's own failure, the likely cause first. generation: of the last launch, where
+    there were several. reason: a word for why nothing was tried again ("user_error", "poison", "restarts", "capacity"),
+    "" where nothing was to be tried again.
     """
 
     exit_code: int
     results: list[dict | None]
     error: str = ""
     failures: tuple[RankFailure, ...] = ()
+    generation: int = 0
+    reason: str = ""

@@ -61,6 +61,8 @@ def encode(value: object, what: str) -> str:
 def run_entry(entry: str, payload_text: str, context: RankContext) -> dict:
     """Runs an entry and reports: {"ok", "result"} or {"ok", "error", "kind", "exit_code"}, with "at" in seconds.
 
+    "exception" lists the names of what was raised, its class first, then its base classes.
+
     SystemExit becomes a failure with its status; KeyboardInterrupt passes through.
     """
     try:
@@ -73,7 +75,8 @@ def run_entry(entry: str, payload_text: str, context: RankContext) -> dict:
     except Exception as error:  # noqa: BLE001 (whatever the entry raises is this rank's report)
         own_frame = error.__traceback__
         lines = traceback.format_exception(error.with_traceback(own_frame and own_frame.tb_next))
-        return _failed("exception", "".join(lines), EXIT_FAILED)
+        names = [kind.__name__ for kind in type(error).__mro__[:-2]]  # without BaseException and object
+        return _failed("exception", "".join(lines), EXIT_FAILED) | {"exception": names}
     return {"ok": True, "result": result, "at": time.time()}
 
 

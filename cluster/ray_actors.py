@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import ClusterConfig
 from cluster.context import EXIT_FAILED, LaunchResult
@@ -19,6 +19,9 @@ from cluster.ray_gang import Gang, GangError
 from cluster.signals import StopSignals
 from cluster.staging import ROOMS, stage
 
+if TYPE_CHECKING:
+    from cluster.ray_pool import RayPool
+
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a submitted job
 REACH_S = 10.0
 
@@ -29,7 +32,7 @@ def capacity_problem(spec: ClusterConfig, nodes: Sequence[Mapping[str, float]], 
     Args:
         nodes: the total resources of each living node, as Ray counts them ({"CPU": 4.0, "GPU": 1.0, ...}).
     """
-    fits = [_places(node, spec, use_gpu) for node in nodes]
+    fits = [places(node, spec, use_gpu) for node in nodes]
     offer = "; ".join(f"node {n}: {r.get('CPU', 0):g} CPU, {r.get('GPU', 0):g} GPU" for n, r in enumerate(nodes, 1))
     each = f"{spec.cpus_per_worker} CPU" + (" and 1 GPU" if use_gpu else "")
     if spec.nodes > 1:
@@ -61,6 +64,8 @@ def run(
     on_output: Callable[[str], None] = print_line,
     code: Path | None = None,
     folders: Sequence[str] = ROOMS,
+    pool: "RayPool | None" = None,
+    leave: Callable[[], str] = lambda: "",
 ) -> LaunchResult:
     """Runs the entry in spec.workers Ray actors of the cluster that RAY_ADDRESS (or this machine's Ray) names.
 
@@ -73,21 +78,25 @@ def run(
         on_output: receives what rank 0 prints, whole lines.
         code: the project's root. Its `folders` are sent to the workers when this driver is not part of a submitted
             job (whose working_dir they get anyway).
+        pool: of a run that may be launched again: holds the connection, and the nodes to avoid.
+        leave: asked now and then; any text makes the ranks stop as a signal would.
     """
     text = encode(payload, "the payload")
     log_dir = Path(log_dir).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
     with StopSignals(stop) as signals:
-        connection = _Connection(code, folders)
+        connection = pool.connection if pool else Connection(code, folders)
         try:
             connection.open(spec.start_timeout_s)
             signals.install()  # ray.init takes SIGTERM for itself
             use_gpu, problem = _check_capacity(spec, signals)
             if problem:
                 return refused(spec.workers, problem)
-            gang = Gang(spec, log_dir, signals, on_output, use_gpu)
+            gang = Gang(spec, log_dir, signals, on_output, use_gpu, leave, pool.avoided() if pool else ())
             try:
                 gang.place()
+                if pool:
+                    pool.in_use = {worker.place["node_id"] for worker in gang.workers}
                 gang.begin(entry, text, generation, ep_size)
                 gang.wait()
             except GangError as error:
@@ -98,11 +107,16 @@ def run(
         except ConnectionError as error:
             return LaunchResult(EXIT_FAILED, [None] * spec.workers, str(error))
         finally:
-            connection.close()
+            if pool is None:
+                connection.close()
 
 
-class _Connection:
-    """This process as a driver of the cluster, unless it is one already."""
+class Connection:
+    """This process as a driver of the cluster, unless it is one already.
+
+    Args:
+        code, folders: see `run`.
+    """
 
     def __init__(self, code: Path | None, folders: Sequence[str]) -> None:
         self._code, self._folders = code, folders
@@ -110,6 +124,7 @@ class _Connection:
         self._staged: Path | None = None
 
     def open(self, timeout_s: float) -> None:
+        """Connects. Raises: ConnectionError, with what to do."""
         try:
             import ray
         except ImportError:
@@ -138,10 +153,12 @@ class _Connection:
         self._opened = True
 
     def close(self) -> None:
+        """Disconnects, where `open` has connected."""
         if self._opened:
             import ray
 
             ray.shutdown()
+            self._opened = False
         if self._staged:
             shutil.rmtree(self._staged, ignore_errors=True)
 
@@ -153,9 +170,17 @@ def _check_reachable(address: str, timeout_s: float) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
 
 
-def _places(node: Mapping[str, float], spec: ClusterConfig, use_gpu: bool) -> int:
+def places(node: Mapping[str, float], spec: ClusterConfig, use_gpu: bool) -> int:
+    """How many workers a node with these resources holds."""
     count = int(node.get("CPU", 0) // spec.cpus_per_worker)
     return min(count, int(node.get("GPU", 0))) if use_gpu else count
+
+
+def wants_gpu(spec: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether each worker reserves a GPU; "auto" means: where any node has one."""
+    if spec.accelerator == "auto":
+        return any(node.get("GPU", 0) >= 1 for node in nodes)
+    return spec.accelerator == "gpu"
 
 
 def _check_capacity(spec: ClusterConfig, signals: StopSignals) -> tuple[bool, str | None]:
@@ -165,9 +190,7 @@ def _check_capacity(spec: ClusterConfig, signals: StopSignals) -> tuple[bool, st
     deadline = time.monotonic() + spec.capacity_wait_s
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        on_gpus = spec.accelerator == "gpu"
-        if spec.accelerator == "auto":
-            on_gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
+        on_gpus = wants_gpu(spec, nodes)
         problem = capacity_problem(spec, nodes, on_gpus)
         if problem is None or time.monotonic() >= deadline or signals.stop.is_set():
             return on_gpus, problem

@@ -11,6 +11,7 @@ from cluster.config import ClusterConfig
 from cluster.context import RankContext, RankFailure
 from cluster.entry import loopback_interface
 from cluster.logs import LogTail, last_lines, rank_log
+from cluster.ray_nodes import is_gone, living_nodes
 from cluster.ray_rank import RankActor
 from cluster.signals import StopSignals
 from cluster.worlds import Seat, seat_ranks
@@ -35,6 +36,7 @@ class _Worker:
     question: Any = None  # the outstanding poll
     asked_at: float = 0.0
     lost: bool = False
+    gone: bool = False  # its process has ended
     kept_log: Path | None = None  # written by this driver, where the worker's node cannot see the log folder
     place: dict = field(default_factory=dict)
 
@@ -49,9 +51,11 @@ class Gang:
         signals: StopSignals,
         on_output: Callable[[str], None],
         use_gpu: bool,
+        leave: Callable[[], str] = lambda: "",
+        avoid: Sequence[str] = (),
     ) -> None:
         self.spec, self.log_dir, self.signals, self.on_output = spec, log_dir, signals, on_output
-        self.use_gpu = use_gpu
+        self.use_gpu, self.leave, self.avoid = use_gpu, leave, avoid
         self.lost: list[RankFailure] = []
         self.workers: list[_Worker] = []  # by rank once `begin` has ordered them
         self._group: Any = None
@@ -71,6 +75,7 @@ class Gang:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        n_nodes = self._n_nodes()
         spec = self.spec
         need: dict[str, float] = {"CPU": spec.cpus_per_worker}
         if self.use_gpu:
@@ -81,9 +86,12 @@ class Gang:
         else:
             per_node = 1
             bundles, strategy = [dict(need)] * spec.workers, "PACK"
-        self._group = placement_group(bundles, strategy=strategy)
+        elsewhere = [{"ray.io/node-id": f"!in({','.join(self.avoid)})"}] * len(bundles) if self.avoid else None
+        self._group = placement_group(bundles, strategy=strategy, bundle_label_selector=elsewhere)
         while not self._group.wait(timeout_seconds=0.3):
             self._check_start("the placement group", "worker", range(spec.workers))
+            if self._n_nodes() < n_nodes:  # what was counted on has gone meanwhile
+                raise self._start_error(0, "a node was lost while the workers were being placed", "capacity")
 
         rank_actor = ray.remote(RankActor)
         for number in range(spec.workers):
@@ -185,7 +193,8 @@ class Gang:
             try:
                 answers.append(ray.get(reference, timeout=5.0))
             except ray.exceptions.RayError as error:
-                raise self._start_error(number, f"asked for {what}: {_short(error)}") from error
+                kind = "killed" if isinstance(error, ray.exceptions.RayActorError) else "start"
+                raise self._start_error(number, f"asked for {what}: {_short(error)}", kind) from error
         return answers
 
     def _check_start(self, what: str, who: str, numbers: Sequence[int]) -> None:
@@ -202,8 +211,12 @@ class Gang:
             )
 
     @staticmethod
-    def _start_error(rank: int, message: str) -> GangError:
-        return GangError(RankFailure(rank, "start", message, observed_at=time.time()))
+    def _start_error(rank: int, message: str, kind: str = "start") -> GangError:
+        return GangError(RankFailure(rank, kind, message, observed_at=time.time()))
+
+    @staticmethod
+    def _n_nodes() -> int:
+        return len(living_nodes())
 
     def _ask_all(self) -> None:
         """Collects what has been answered and asks again, without waiting for a worker that is silent."""
@@ -239,16 +252,22 @@ class Gang:
         time.sleep(max(0.0, pause - (time.monotonic() - began)))
 
     def _lose(self, rank: int, worker: _Worker, error: Exception) -> None:
-        worker.lost = True
+        worker.lost = worker.gone = True
         end = last_lines(rank_log(self.log_dir, rank))
         output = f"\nits last output:\n{end}" if end else ""
         if worker.kept_log:
             output += f"\nthe node {worker.place['address']} may hold more of it in {worker.place.get('log')}"
-        self._note(rank, "killed", f"its worker is gone: {_short(error)}{output}")
+        now = time.time()
+        node = worker.place.get("node_id", "")
+        if node and is_gone(node):
+            self._note(rank, "node", f"its node {worker.place['address']} is gone: {_short(error)}{output}", now)
+        else:
+            self._note(rank, "killed", f"its worker is gone: {_short(error)}{output}", now)
         self._fail_soon()
 
-    def _note(self, rank: int, kind: str, message: str) -> None:
-        self.lost.append(RankFailure(rank, kind, message, observed_at=time.time()))
+    def _note(self, rank: int, kind: str, message: str, at: float | None = None) -> None:
+        node = self.workers[rank].place.get("node_id", "")
+        self.lost.append(RankFailure(rank, kind, message, observed_at=at or time.time(), node=node))
 
     def _fail_soon(self) -> None:
         self._ask_to_stop()
@@ -265,7 +284,7 @@ class Gang:
         if self.signals.force.is_set():
             self._note_unfinished("was killed by a second Ctrl-C before it had stopped")
             return False
-        if self.signals.stop.is_set() and not self._asked_to_stop:
+        if not self._asked_to_stop and (self.signals.stop.is_set() or self.leave()):
             self._ask_to_stop()
             self._end_at = time.monotonic() + self.spec.stop_grace_s
         if self._end_at is None or time.monotonic() < self._end_at:
@@ -285,7 +304,7 @@ class Gang:
 
         deadline = time.monotonic() + 10.0
         for worker in self.workers:
-            while time.monotonic() < deadline:
+            while not worker.gone and time.monotonic() < deadline:
                 try:
                     ray.get(worker.actor.poll.remote(), timeout=1.0)
                 except ray.exceptions.GetTimeoutError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ from data.dataset import Dataset
 from data.errors import DataError
 from data.ledger import format_hash, hash_sequences, ledger_line
 from data.plan import Plan
+from data.provenance import Origin, origins
 from data.storage import is_remote
 
 if TYPE_CHECKING:
@@ -163,6 +165,24 @@ class Stream:
                 f"{n_sequences} sequences); `trimtab data verify {self._dataset.path}` names what to restore{own}"
             )
         return masked
+
+    def use(self, batches: Batches) -> None:
+        """Takes other batch sizes or skipped ranges from now on; what was read ahead is read anew.
+
+        Raises:
+            DataError: a size that cannot be dealt to the ranks.
+        """
+        problems = check_sizes(self._plan.lanes, self._dp_size, batches, self._micro_batch_size)
+        if problems:
+            raise DataError("; ".join(problems))
+        for ahead in self._pending.values():
+            ahead.cancel()
+        self._pending.clear()
+        self._batches = batches
+
+    def origins(self, sequences: Iterable[int], limit: int = 64) -> tuple[list[Origin], int]:
+        """Shards and documents of sequences, see `data.provenance.origins`."""
+        return origins(self._dataset, self._plan, sequences, limit)
 
     def epoch(self, step: int) -> int:
         """The epoch of a step's first sequence."""

@@ -1,4 +1,4 @@
-"""Alarms on the balance of the experts: judged from counts that every rank shares, so that all ranks raise the same.
+"""Alarms; and those on the balance of the experts, judged from counts that all ranks share: all raise the same.
 
 An alarm is raised once its condition has held long enough, and again only after the condition has ended; the end is
 told as well. Nothing here acts: the train loop does what the configuration says, see ``actions``.
@@ -15,14 +15,20 @@ from parallel.config import Action, BalanceConfig
 
 # M MoE layers, E routed experts, G ep_size
 
-Kind = Literal["max_vio", "dead_expert", "rank_vio"]
+Kind = Literal[
+    "max_vio", "dead_expert", "rank_vio",
+    "save_failed", "loss_drift", "norm_drift", "loss_drop", "router_growth", "logit_growth",
+]  # fmt: skip
+WHOLE_RUN = "the run"  # in place of a layer's name
 
 
 @dataclass(frozen=True)
 class Alarm:
     """One alarm, or the end of one.
 
-    kind: max_vio (the busiest expert of a layer), dead_expert (no token), rank_vio (the busiest rank of a layer).
+    kind: max_vio (the busiest expert of a layer), dead_expert (no token), rank_vio (the busiest rank of a layer);
+        of the whole run: save_failed (launch/saves.py), loss_drift, norm_drift, loss_drop; and router_growth,
+        logit_growth (guard.py).
     step: completed optimizer steps when it was raised or ended. since: the first step at which the condition held.
     layer: the layer's name. expert, rank: which one; the busiest of this step, or the dead one; the other is None.
     value: this step's max_vio, over experts or ranks; for a dead expert the steps that it went without a token.

@@ -90,18 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", type=Path, nargs="+")
     compare.add_argument("--json", action="store_true", help="print one JSON object on the last line")
 
-    checkpoint = commands.add_parser("checkpoint", help="Check a run's checkpoints.")
-    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
-    verify = actions.add_parser(
-        "verify", help="read every byte back", epilog="example: trimtab checkpoint verify runs/debug"
-    )
-    verify.add_argument("run", type=Path)
-    verify.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    verify.set_defaults(run_command=_checkpoint_verify)
-
     from launch.bench_commands import add_bench_commands
+    from launch.checkpoint_commands import add_checkpoint_commands
     from launch.data_commands import add_data_commands
 
+    add_checkpoint_commands(commands)
     add_data_commands(commands)
     add_bench_commands(commands)
     return parser
@@ -255,30 +248,6 @@ def _compare(options: Any) -> int:
     if options.json:
         print(json.dumps(figures))
     return EXIT_OK
-
-
-def _checkpoint_verify(options: Any) -> int:
-    from launch.load import committed_checkpoints
-    from parallel.checkpoint import CheckpointError, damaged_files, open_checkpoint
-
-    _require_run(options.run)
-    status, found = EXIT_OK, {}
-    for path in committed_checkpoints(options.run):
-        try:
-            saved = open_checkpoint(path)
-            wrong = damaged_files(saved)
-        except CheckpointError as error:
-            wrong = [str(error)]
-        found[str(path)] = wrong
-        for line in wrong:
-            print(line)
-            status = EXIT_FAILED
-        if not wrong:
-            files, tensors = len(saved.manifest["files"]), len(saved.manifest["tensors"])
-            print(f"{path}: {files} files, {tensors} tensors, all as written")
-    if options.json:
-        print(json.dumps({"checkpoints": found}))
-    return status
 
 
 def _require_run(path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from cluster.config import ClusterConfig
 from data.config import DataConfig
+from launch.faults import FaultsConfig, rank_problems
+from launch.guard_config import GuardConfig
 from launch.schema import override, parse, to_toml
 from model.config import ModelConfig
 from parallel.config import BalanceConfig, OptimizerConfig, ParallelConfig
@@ -57,22 +59,38 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved: every `every_steps` optimizer steps and at the end; the newest `keep` stay (0 = all).
+    """When the run is saved: every `every_steps` optimizer steps and at the end.
 
+    The newest `keep` stay (0 = all), and every multiple of keep_every_steps (0 = none besides).
     dir: where; empty means `checkpoints` in the run's folder.
+    asynchronous: training goes on while files are written; else it waits. The run is the same.
+    max_failed_saves: a save that fails is an alarm; so many in a row stop the run.
+    timeout_s: the longest wait for a save.
     """
 
     every_steps: int = 100
     keep: int = 2
     dir: str = ""
+    keep_every_steps: int = 0
+    asynchronous: bool = True
+    max_failed_saves: int = 3
+    timeout_s: float = 1800.0
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""
         found = []
-        if self.every_steps < 1:
-            found.append(f"checkpoint.every_steps = {self.every_steps} must be at least 1")
+        for key in ("every_steps", "max_failed_saves"):
+            if getattr(self, key) < 1:
+                found.append(f"checkpoint.{key} = {getattr(self, key)} must be at least 1")
         if self.keep < 0:
             found.append(f"checkpoint.keep = {self.keep} must not be negative; 0 keeps all")
+        if self.keep_every_steps < 0 or (self.every_steps >= 1 and self.keep_every_steps % self.every_steps):
+            found.append(
+                f"checkpoint.keep_every_steps = {self.keep_every_steps} must be a multiple of checkpoint.every_steps = "
+                f"{self.every_steps}, or 0 to keep none besides the newest"
+            )
+        if not 0 < self.timeout_s < float("inf"):
+            found.append(f"checkpoint.timeout_s = {self.timeout_s} must be more than 0 seconds")
         return found
 
 
@@ -102,13 +120,15 @@ class Config:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
 
     def problems(self) -> list[str]:
         """Every broken rule inside the sections."""
         sections = (
             self.model, self.data, self.parallel, self.optimizer, self.train, self.balance, self.cluster,
-            self.checkpoint, self.telemetry,
+            self.checkpoint, self.guard, self.telemetry, self.faults,
         )  # fmt: skip
         return [problem for section in sections for problem in section.problems()]
 
@@ -223,10 +243,16 @@ def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list
         )
     if data.lanes >= 1 and data.lanes % world_size:
         found.append(f"data.lanes = {data.lanes} cannot be dealt to {world_size} ranks; use a multiple of {world_size}")
+    found += rank_problems(config.faults.inject, world_size)
     if data.seq_len > model.max_position_embeddings:
         found.append(
             f"data.seq_len = {data.seq_len} is longer than model.max_position_embeddings = "
             f"{model.max_position_embeddings}; raise the latter or shorten the sequences"
+        )
+    if config.guard.rollback_steps and data.mode == "stream":
+        found.append(
+            f"guard.rollback_steps = {config.guard.rollback_steps} goes back in the data, which data.mode = "
+            '"stream" cannot; use 0, or pack the data'
         )
     if config.balance.moves_bias and not model.uses_bias:
         found.append(

@@ -12,7 +12,12 @@ from launch.history import History, Spell
 
 MAX_NAMED = 8  # experts, layers or alarms that one sentence names
 MAX_ALARM_ROWS = 40
-ALARM_WORDS = {"max_vio": "busiest expert", "dead_expert": "expert without a token", "rank_vio": "busiest rank"}
+ALARM_WORDS = {
+    "max_vio": "busiest expert", "dead_expert": "expert without a token", "rank_vio": "busiest rank",
+    "save_failed": "failed save", "loss_drift": "rising loss", "norm_drift": "rising gradient norm",
+    "loss_drop": "sudden drop of the loss", "router_growth": "growing router weights",
+    "logit_growth": "growing output layer",
+}  # fmt: skip
 
 
 def findings(
@@ -42,7 +47,8 @@ def alarm_table(spells: Sequence[Spell]) -> list[str]:
         return []
     lines = ["| alarm | layer | expert or rank | value | limit | steps | action |", "|---|---|---|---|---|---|---|"]
     for spell in spells[-MAX_ALARM_ROWS:]:
-        unit = f"expert {spell.expert}" if spell.rank is None else f"rank {spell.rank}"
+        unit = f"rank {spell.rank}" if spell.rank is not None else f"expert {spell.expert}"
+        unit = "-" if spell.rank is None and spell.expert is None else unit
         until = f"to {spell.ended - 1}" if spell.ended is not None else "on, not ended"
         lines.append(
             f"| {ALARM_WORDS.get(spell.alarm, spell.alarm)} | {spell.layer} | {unit} | {spell.value:.3g} | "

@@ -65,6 +65,14 @@ class Rebalancer:
             return current
         return placement.balanced(self._loads, self.ep_size, current, self.config.placement_min_gain)
 
+    def moves(self, table: np.ndarray) -> bool:
+        """Whether an expert lies elsewhere in `table` than it does now."""
+        return not np.array_equal(table, slots.placement(self.model).numpy())
+
+    def forget(self) -> None:
+        """Begins to count the loads anew, as each save does whether experts move or not."""
+        self._loads = np.zeros(self._shape, dtype=np.int64)
+
     def manifest(self, table: np.ndarray) -> dict[str, Any]:
         """What the checkpoint says of the experts' places, for `start`; nothing where they do not move."""
         return {"placement": {"ep_size": self.ep_size, "expert_of_slot": table.tolist()}} if self.active else {}
@@ -95,7 +103,8 @@ class Rebalancer:
         Args:
             table: from `decide`. path: the checkpoint, not one step old. step: steps done.
         """
-        loads, self._loads = self._loads, np.zeros(self._shape, dtype=np.int64)
+        loads = self._loads
+        self.forget()
         current = slots.placement(self.model).numpy()
         changed = np.flatnonzero((table != current).any(axis=1))
         if not changed.size:

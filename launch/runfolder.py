@@ -165,8 +165,8 @@ class RunFolder:
     """The names of everything in a run's folder, and the writers of its record files.
 
     Making the object touches nothing on disk; ``create`` does. Attributes ``config, metrics_path, events_path,
-    ledger_path, tensorboard, checkpoints, logs, report, coactivation`` are paths, ``metrics, events, ledger`` the
-    append-only files.
+    ledger_path, faults_path, tensorboard, checkpoints, logs, report, coactivation`` are paths, ``metrics, events,
+    ledger`` the append-only files.
     """
 
     def __init__(self, path: str | Path):
@@ -180,6 +180,7 @@ class RunFolder:
         self.logs = self.path / "logs"
         self.report = self.path / "report.md"
         self.coactivation = self.path / "coactivation.json"
+        self.faults_path = self.path / "faults.jsonl"
         self.metrics = JsonLines(self.metrics_path)
         self.events = JsonLines(self.events_path)
         self.ledger = JsonLines(self.ledger_path)

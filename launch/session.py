@@ -4,7 +4,7 @@ import base64
 import json
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,31 @@ import torch
 from torch import Tensor
 
 from cluster.flag import StopFlag
+from data.batches import Batches
 from data.foreign import ForeignStream
 from data.stream import Stream
 from launch import balance_stats
 from launch.alarms import Alarm, Alarms, actions
 from launch.config import Config
+from launch.drills import Faults
 from launch.feed import Feed, open_feed
-from launch.guard import Guard
+from launch.guard import Guard, Verdict
 from launch.rebalance import Rebalancer
 from launch.runfolder import RunFolder
+from launch.saves import Saves
+from launch.sections import Sections
 from launch.telemetry import Telemetry
 from model.init import init_weights
 from model.moe import MoE
 from model.transformer import Transformer
-from parallel import checkpoint
+from parallel import checkpoint, replicas, retention
 from parallel.balance import Balancer
 from parallel.engine import Engine, PlainEngine
 from parallel.exchange import make_exchange
+from parallel.gradient_watch import GradientWatch
 from parallel.ranks import Ranks
+from parallel.saver import Saver
+from parallel.weight_size import weight_sizes
 
 
 @dataclass
@@ -50,8 +57,12 @@ class Session:
     alarms: Alarms
     placement: Rebalancer
     stop: StopFlag
+    saves: Saves
+    watch: GradientWatch
     tokens: int = 0
     masked: int = 0  # sequences masked because a sample was damaged, all ranks
+    faults: Faults = field(default_factory=Faults)
+    sections: Sections | None = None
 
     @property
     def stream(self) -> Stream | ForeignStream:
@@ -63,15 +74,29 @@ class Session:
         """Where checkpoints of this run go."""
         return checkpoint_root(self.config, self.run)
 
-    def save(self, step: int, cause: str, last: bool = False) -> None:
-        """Writes and publishes a checkpoint after `step` steps, then forgets those beyond `checkpoint.keep`.
+    def at(self, section: str, step: int | None = None, module: torch.nn.Module | None = None) -> None:
+        """A section begins: this rank's place is noted, and drills may strike. step: 1-based, None before the first."""
+        if self.sections is not None:
+            self.sections.mark(section, step)
+        self.faults.at(section, step, module=module)
 
-        Experts whose loads ask for it go to other ranks, unless this is the last that the run does.
+    def save(self, step: int, cause: str, last: bool = False) -> None:
+        """Saves the state after `step` steps, as `Saves.start` does.
+
+        Experts whose loads ask for it go to other ranks, unless this is the last save that the run does: by way of the
+        checkpoint, which is waited for then.
 
         Raises:
-            BiasMismatchError: ranks hold different biases. Rank 0's is what is saved: a resume would hide it.
+            BiasMismatchError, ReplicaMismatchError: ranks hold different values of what must be the same. A checkpoint
+                has one of them: a resume would hide it.
+            CheckpointError: see `Saves.start`.
         """
+        if self.sections is not None:
+            self.sections.mark("save", step)
+        self.saves.settle()
         self.balancer.check()
+        if self.config.guard.check_replicas_every_steps:
+            replicas.check(self.model, self.ranks)
         table = self.placement.decide()
         random_states = self.ranks.dp.gather(_random_state(self.device))
         extra = {
@@ -87,15 +112,16 @@ class Session:
             "random_states": random_states,
             "balancer": self.balancer.state(),
             "alarms": self.alarms.state(),
+            "guard": self.guard.state(),
             "config": asdict(self.config),
             **self.placement.manifest(table),
         }
-        path = checkpoint.save(self.checkpoints, step, self.engine, self.biases, extra, self.ranks.dp)
-        self.telemetry.event("save", cause=cause, step=step, path=str(path))
-        if not last:
+        moves = not last and self.placement.moves(table)
+        path = self.saves.start(step, cause, extra, wait=moves, needed=last, hook=self.faults.save_hook(step))
+        if moves and path is not None:
             self.placement.move(table, path, step)
-        if self.ranks.dp.rank == 0:
-            checkpoint.prune(self.checkpoints, self.config.checkpoint.keep, step)
+        else:
+            self.placement.forget()
 
     def judge_balance(self, step: int, counts: Tensor) -> list[Alarm]:
         """Judges a kept step's loads (M, E), writes its alarms, and raises the rate where one asks for it.
@@ -122,13 +148,11 @@ class Session:
         Raises:
             CheckpointError: nothing readable where something must be.
         """
-        found = [] if mode == "never" else checkpoint.committed(self.checkpoints)
+        found = [] if mode == "never" else self._committed()
         errors = []
         for path in reversed(found):
             try:
-                saved = checkpoint.open_checkpoint(path)
-                self.placement.start(saved.manifest)
-                manifest = checkpoint.load(saved, self.engine, self.biases, self.ranks.dp)
+                manifest = self._load(path)
             except checkpoint.CheckpointError as error:
                 if mode == "must":
                     raise
@@ -136,13 +160,10 @@ class Session:
                 self.telemetry.event("fault", cause=f"checkpoint not readable: {error}", path=str(path))
                 continue
             if not any(key.startswith("data.") or key == "train.global_batch_size" for key in accepted):
+                self._skip_as_saved(manifest["cursor"])
                 self.stream.check_cursor(manifest["cursor"])
-            self.tokens = manifest["tokens"]
-            self.balancer.load_state(manifest.get("balancer", {}))
-            self.alarms.load_state(manifest.get("alarms", {}))
-            _restore_random_state(manifest["random_states"], self.ranks.dp.rank, self.ranks.dp.size, self.device)
-            self.telemetry.rewind(saved.step, cause=f"resume from {path.name}")
-            return saved.step
+            self.telemetry.rewind(manifest["step"], cause=f"resume from {path.name}")
+            return manifest["step"]
         if errors or mode == "must":
             detail = "; ".join(errors) or f"there is none in {self.checkpoints}"
             raise checkpoint.CheckpointError(
@@ -151,8 +172,81 @@ class Session:
         self.telemetry.rewind(0, cause="no checkpoint yet: starting from step 0")
         return 0
 
+    def go_back(self, verdict: Verdict, step: int) -> int:
+        """Loads an older checkpoint and leaves the data of the skipped steps out from then on; collective.
+
+        Args:
+            verdict: which asked for it. step: 0-based, the last of the skipped steps.
+
+        Returns:
+            the step to go on from: at least `guard.rollback_steps` before the first skipped one if there is such a
+            checkpoint, else that of the oldest.
+
+        Raises:
+            TrainingDivergedError: there is no checkpoint. CheckpointError: it is damaged. Both on every rank.
+        """
+        self.saves.settle()
+        stream, rollbacks = self.stream, self.guard.rollbacks
+        older = [path for path in self._committed() if checkpoint.step_of(path) <= verdict.first]
+        if not older or not isinstance(stream, Stream):
+            raise self.guard.lost(step, verdict)
+        far = [path for path in older if checkpoint.step_of(path) <= verdict.first - self.config.guard.rollback_steps]
+        path = far[-1] if far else older[0]
+        skipping = stream.batches.skipping(verdict.first, step - verdict.first + 1)
+        target = int(self._load(path)["step"])
+        self.guard.rollbacks = rollbacks
+        self.guard.went_back()
+        stream.use(skipping)
+        if self.ranks.dp.rank == 0:
+            retention.prune(self.checkpoints, 0, target)
+        self.ranks.dp.barrier()
+        self.telemetry.event(
+            "rollback", cause=verdict.reason, step=target, from_step=step + 1, first_skipped=verdict.first + 1,
+            skip_ranges=[list(skipped) for skipped in skipping.skip_ranges], rollbacks=self.guard.rollbacks,
+        )  # fmt: skip
+        self.telemetry.rewind(target, cause=f"went back to {path.name}: {verdict.reason}")
+        return target
+
+    def check_health(self, step: int) -> None:
+        """Compares what several ranks hold, and looks at how large the weights are; collective, after `step` steps.
+
+        Raises:
+            ReplicaMismatchError: on every rank, naming the one that differs.
+        """
+        replicas.check(self.model, self.ranks)
+        if self.config.guard.weight_growth:
+            self.telemetry.alarms(self.guard.judge_weights(step, weight_sizes(self.engine, self.ranks.dp)))
+
+    def _committed(self) -> list[Path]:
+        """The checkpoints as rank 0 sees them, the same on every rank; one that was moved aside is put back before."""
+        if self.ranks.dp.rank == 0:
+            retention.recover(self.checkpoints)
+        names = self.ranks.dp.gather(
+            [path.name for path in checkpoint.committed(self.checkpoints)] if self.ranks.dp.rank == 0 else []
+        )[0]
+        return [self.checkpoints / name for name in names]
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        """Takes a checkpoint's state, but for its place in the data; collective. Raises: CheckpointError everywhere."""
+        saved = checkpoint.open_together(path, self.ranks.dp)
+        self.placement.start(saved.manifest)
+        manifest = checkpoint.load(saved, self.engine, self.biases, self.ranks.dp)
+        self.tokens = manifest["tokens"]
+        self.balancer.load_state(manifest.get("balancer", {}))
+        self.alarms.load_state(manifest.get("alarms", {}))
+        self.guard.load_state(manifest.get("guard", {}))
+        _restore_random_state(manifest["random_states"], self.ranks.dp.rank, self.ranks.dp.size, self.device)
+        return manifest
+
+    def _skip_as_saved(self, cursor: dict[str, Any]) -> None:
+        """Leaves out what the saved run left out, after it had gone back."""
+        if isinstance(self.stream, Stream) and cursor.get("skip_ranges"):
+            ranges = tuple((int(start), int(stop)) for start, stop in cursor["skip_ranges"])
+            self.stream.use(Batches(self.stream.batches.phases, ranges))
+
     def close(self) -> None:
         """Ends background work and closes files."""
+        self.saves.close()
         self.feed.close()
         self.telemetry.close()
 
@@ -171,6 +265,8 @@ def assemble(
     *,
     local_rank: int = 0,
     plain: bool = False,
+    faults: Faults | None = None,
+    sections: Sections | None = None,
 ) -> Session:
     """Builds one rank's session; collective.
 
@@ -178,14 +274,17 @@ def assemble(
         plain: torch's AdamW instead of DeepSpeed (debug launcher).
         local_rank: place on the node, for DeepSpeed.
         stop: set when a graceful stop was asked for.
+        faults: drills of this rank. sections: where its place is noted.
     """
-    exchange = make_exchange(config.parallel, ranks)
+    faults = faults or Faults()
+    exchange = faults.wrap(make_exchange(config.parallel, ranks))
     model = Transformer(config.model, exchange, recompute=config.parallel.recompute)
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             module.label = name
     init_weights(model, config.train.seed)
     model.to(device)
+    watch = GradientWatch(model)
     engine = build_engine(config, model, ranks, device, local_rank, plain)
     if ranks.dp.rank == 0 and not plain:
         (run.path / "deepspeed.json").write_text(json.dumps(getattr(engine, "settings", {}), indent=1) + "\n")
@@ -207,9 +306,15 @@ def assemble(
     names = balance_stats.layer_names(asdict(config), len(biases))
     alarms = Alarms(config.balance, names, config.model.n_routed_experts)
     placement = Rebalancer(config.balance, model, engine, ranks, telemetry)
+    keeping = config.checkpoint
+    saver = Saver(
+        checkpoint_root(config, run), engine, biases, ranks.dp, keep=keeping.keep,
+        keep_every_steps=keeping.keep_every_steps, timeout_s=keeping.timeout_s,
+    )  # fmt: skip
     return Session(
-        config, run, ranks, device, model, engine, balancer, biases, feed, telemetry, Guard(), alarms, placement, stop
-    )
+        config, run, ranks, device, model, engine, balancer, biases, feed, telemetry, Guard(config.guard), alarms,
+        placement, stop, Saves(keeping, saver, telemetry), watch, faults=faults, sections=sections,
+    )  # fmt: skip
 
 
 def build_engine(

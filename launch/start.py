@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from cluster.causes import cause_of, first_cause
 from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
+from cluster.signals import StopSignals
+from cluster.supervisor import Generation
 from launch.config import dump
 from launch.lock import only_driver
 from launch.preflight import Plan, pack_if_needed
 from launch.runfolder import RunFolder
+from launch.sections import read_place
+from launch.supervise import NAMES, Launch, largest_world, run_supervised
+
+if TYPE_CHECKING:
+    from cluster.ray_pool import RayPool
 
 ENTRY = "launch.worker:main"
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,17 +79,44 @@ def _launch(plan: Plan, entry: str, payload: dict) -> LaunchResult:
 
         with one_thread_at_a_time():
             return debug.run(entry, payload)
-    if plan.launcher == "local":
-        from cluster import local
-
-        return local.run(entry, payload, spec, log_dir=log_dir)
     if plan.launcher == "mpi":
         from cluster import mpi
 
         return mpi.run(entry, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size)
+    if plan.launcher == "local":
+        return run_supervised(plan, payload, _local(plan, entry), say)
+    from cluster.ray_pool import RayPool
+
+    pool = RayPool(spec, lambda limit: largest_world(plan.config, limit), ROOT)
+    try:
+        return run_supervised(plan, payload, _ray(plan, entry, pool), say, pool)
+    finally:
+        pool.connection.close()
+
+
+def _local(plan: Plan, entry: str) -> Launch:
+    from cluster import local
+
+    spec, log_dir = plan.config.cluster, RunFolder(plan.run).logs
+
+    def launch(generation: Generation, payload: dict, signals: StopSignals) -> LaunchResult:
+        return local.run(entry, payload, spec, log_dir=log_dir, generation=generation.number, stop=signals.stop)
+
+    return launch
+
+
+def _ray(plan: Plan, entry: str, pool: "RayPool") -> Launch:
     from cluster import ray_actors
 
-    return ray_actors.run(entry, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size, code=ROOT)
+    log_dir = RunFolder(plan.run).logs
+
+    def launch(generation: Generation, payload: dict, signals: StopSignals) -> LaunchResult:
+        return ray_actors.run(
+            entry, payload, pool.shape(generation.workers), log_dir=log_dir, ep_size=plan.config.parallel.ep_size,
+            generation=generation.number, stop=signals.stop, pool=pool, leave=generation.leave,
+        )  # fmt: skip
+
+    return launch
 
 
 def is_first(launcher: str) -> bool:
@@ -98,11 +133,19 @@ def _record_end(plan: Plan, result: LaunchResult, seconds: float) -> None:
     if result.exit_code in (EXIT_OK, EXIT_STOPPED):
         return
     run = RunFolder(plan.run)
-    failure = result.failures[0] if result.failures else None
+    failure = first_cause(result.failures) if result.failures else None
+    generation = result.generation
+    place = read_place(run.logs, generation, failure.rank if failure else None)
     run.event(
         "failure",
-        cause=failure.kind if failure else "failed",
+        cause=cause_of(failure, place, NAMES) if failure else "refused",
         rank=failure.rank if failure else None,
+        signal=failure.signal if failure else None,
+        exception=failure.exception[0] if failure and failure.exception else None,
+        section=place.section,
+        failed_step=place.step,
+        generation=generation,
+        **({"reason": result.reason} if result.reason else {}),
         message=result.error[-4000:],
         seconds_running=round(seconds, 3),
     )

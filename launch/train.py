@@ -13,6 +13,7 @@ from launch.losses import Weights, batch_balance, compute_losses, target_counts
 from launch.peak import peak_flops
 from launch.session import Session, memory_gib
 from launch.step_stats import GlobalStats, StepStats
+from launch.suspects import report_skip
 from launch.telemetry import StepRecord
 from model.count import flops_per_token
 from model.probe import NonFiniteError
@@ -24,23 +25,27 @@ def train(session: Session, first_step: int) -> dict:
     """Trains from `first_step` to the configured end, or until a stop that all ranks agree on.
 
     Returns:
-        {"status": "done" or "stopped", "step": steps done}, the same on every rank.
+        {"status": "done" or "stopped", "step": steps done}, the same on every rank; "requested" is true where a stop
+        was asked for, by a signal or a launcher.
     """
     config, ranks, engine, balancer = session.config, session.ranks, session.engine, session.balancer
     weights = Weights(config.train.mtp_loss_weight, config.balance.seq_aux_loss_coef, config.balance.aux_loss_coef)
     meter = Meter(session)
-    for step in range(first_step, config.train.steps):
+    step = first_step
+    while step < config.train.steps:
         ranks.watch.step = step + 1
         stats = StepStats()
         batches, trouble = read_step(session, step)
         agreed = agree_on_step(session, step, batches, trouble)
         if agreed.stop:
             session.save(step, cause="stop requested", last=True)
-            return {"status": "stopped", "step": step}
+            return {"status": "stopped", "step": step, "requested": True}
         collect = Collect(balancer.wants_histogram, meter.draws(step))
         choices = BatchChoices(session, step, batches)
         for number, batch in enumerate(batches):
             batch = batch.to(session.device)
+            session.watch.begin(number)
+            session.at("forward", step + 1)
             with SampleNames(step, batch):
                 output = engine.forward(
                     tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, collect=collect
@@ -49,6 +54,7 @@ def train(session: Session, first_step: int) -> dict:
                     output, batch.loss_mask, agreed.targets, config.train.global_batch_size, weights,
                     choices.balance_loss(output.routing),
                 )  # fmt: skip
+                session.at("backward", step + 1, session.model)
                 engine.backward(losses.total, last=number == len(batches) - 1)
             stats.add(losses, output.routing)
             balancer.add(output.routing)
@@ -63,14 +69,26 @@ def train(session: Session, first_step: int) -> dict:
             engine.step(lr)
             session.placement.add(counts)
             alarms = session.judge_balance(step + 1, counts)
+            session.telemetry.alarms(verdict.alarms)
+            if verdict.reason:
+                session.telemetry.event("shift", cause=verdict.reason, step=step + 1)
         else:
             counts, bias_rate = balancer.skip(), 0.0
             engine.skip()
-            session.telemetry.event("skip", cause=verdict.reason, step=step + 1)
+            report_skip(session, step, verdict, {"loss": loss, "grad_norm": engine.grad_norm()}, batches)
+        session.at("step", step + 1, session.model)
         session.tokens += agreed.targets[0]
         if ranks.dp.rank == 0:
             session.run.ledger.append({**session.stream.ledger_line(step, agreed.consumed), "step": step + 1})
         session.telemetry.log_step(meter.record(step, sums, agreed.targets, lr, bias_rate, counts))
+        if verdict.then != "go on":
+            session.saves.settle()
+            if verdict.then == "stop":
+                raise session.guard.lost(step, verdict)
+            step = session.go_back(verdict, step)
+            continue
+        if config.guard.check_replicas_every_steps and (step + 1) % config.guard.check_replicas_every_steps == 0:
+            session.check_health(step + 1)
         if config.balance.check_every_steps and (step + 1) % config.balance.check_every_steps == 0:
             balancer.check()
         wanted = actions(alarms)
@@ -82,6 +100,7 @@ def train(session: Session, first_step: int) -> dict:
                 session.save(step + 1, cause=f"every {config.checkpoint.every_steps} steps")
             elif "save" in wanted:
                 session.save(step + 1, cause="an alarm asks for it")
+        step += 1
     if first_step < config.train.steps:
         session.save(config.train.steps, cause="end of training", last=True)
     return {"status": "done", "step": config.train.steps}
@@ -130,13 +149,14 @@ class Agreement:
 def read_step(session: Session, step: int) -> tuple[list[MicroBatch], DataError | None]:
     """This rank's micro-batches, or why there are none: the others must hear of it before this rank stops."""
     try:
+        session.at("data", step + 1)
         return session.stream.read(step), None
     except DataError as error:
         return [], error
 
 
 def agree_on_step(session: Session, step: int, batches: list[MicroBatch], trouble: DataError | None) -> Agreement:
-    """One integer all-reduce: stops, unreadable data and masked sequences are known to all at the same step.
+    """One integer all-reduce: stops, unreadable data, masked sequences and finished saves are known to all at once.
 
     Raises:
         DataError: on every rank, when one could not read its data or all have masked more than data.damage_budget.
@@ -148,13 +168,18 @@ def agree_on_step(session: Session, step: int, batches: list[MicroBatch], troubl
         targets = target_counts([batch.loss_mask for batch in batches], depths)
         consumed = stream.consumed_hash(step)
     own = torch.tensor(
-        [consumed, stream.n_quarantined, int(trouble is not None), int(session.stop.is_set())], dtype=torch.int64
-    )
-    *total, consumed, masked, failed, stop = session.ranks.dp.all_reduce(torch.cat((targets, own))).tolist()
+        [
+            consumed, stream.n_quarantined, int(trouble is not None), int(session.stop.is_set()),
+            int(session.saves.done_here()),
+        ],
+        dtype=torch.int64,
+    )  # fmt: skip
+    *total, consumed, masked, failed, stop, saved = session.ranks.dp.all_reduce(torch.cat((targets, own))).tolist()
     if trouble is not None:
         raise trouble
     if failed:
         raise DataError(f"{failed} of the other ranks could not read the data of step {step + 1}; they say why")
+    session.saves.poll(saved)
     before = session.masked
     session.masked = stream.check_damage(masked)
     if session.masked > before:

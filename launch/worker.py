@@ -1,5 +1,6 @@
 """The entry of every rank: joins the others, builds a session, resumes, trains."""
 
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 from cluster.context import RankContext
 from launch.allocator import keep_freed_memory
 from launch.config import Config, from_tables
+from launch.drills import Faults
 from launch.runfolder import RunFolder
+from launch.sections import Sections
 from launch.session import Session, assemble
 from launch.train import train
 from parallel.ranks import Ranks, choose_device, join_process_group, process_ranks, single_rank, virtual_ranks
@@ -25,7 +28,8 @@ def main(context: RankContext, payload: dict[str, Any], prepare: Prepare | None 
     Args:
         context: the rank's place.
         payload: config (tables), run (path), resume (auto, must, never), accepted (changed keys the user accepts),
-            cause (why the run was started, for events.jsonl).
+            cause (why the run was started, for events.jsonl), and for a restart recovery (why and when the generation
+            before it ended, see `cluster.supervisor`).
         prepare: called with the session before the first step; for benchmarks, which put their timers around it.
 
     Returns:
@@ -33,22 +37,25 @@ def main(context: RankContext, payload: dict[str, Any], prepare: Prepare | None 
     """
     config = from_tables(payload["config"])
     plain = context.launcher == "debug"
+    virtual = plain and config.parallel.virtual_ranks > 1
+    watch = None if virtual else _watch(config, payload, context.rank, context)
     keep_freed_memory()
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 calls deprecated, once a process.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     device = choose_device(config.cluster.accelerator, context.device_index)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if plain and config.parallel.virtual_ranks > 1:
+    if watch is None:
 
         def work(world: Any, rank: int) -> dict[str, Any]:
             parallel = config.parallel
             ranks = virtual_ranks(world, parallel.ep_size, rank, parallel.ranks_per_node)
-            return _train(config, payload, ranks, device, context, plain, prepare)
+            watch = _watch(config, payload, rank, context)
+            return _train(config, payload, ranks, device, context, plain, watch, prepare)
 
         return run_virtual_ranks(config.parallel.virtual_ranks, work)[0]
     if plain:
-        return _train(config, payload, single_rank(), device, context, plain, prepare)
+        return _train(config, payload, single_rank(), device, context, plain, watch, prepare)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout_s = config.parallel.timeout_s
     join_process_group(context.init_method, context.rank, context.world_size, backend, timeout_s, context.interface)
@@ -57,7 +64,20 @@ def main(context: RankContext, payload: dict[str, Any], prepare: Prepare | None 
     if parallel.dispatch == "two_hop":
         per_node = parallel.ranks_per_node or context.local_world_size
     ranks = process_ranks(parallel.ep_size, timeout_s, per_node)
-    return _train(config, payload, ranks, device, context, plain, prepare)
+    return _train(config, payload, ranks, device, context, plain, watch, prepare)
+
+
+Watch = tuple[Sections, Faults]
+
+
+def _watch(config: Config, payload: dict[str, Any], rank: int, context: RankContext) -> Watch:
+    """Where this rank's place is noted, and its drills; the section `start` begins."""
+    run = RunFolder(Path(payload["run"]))
+    sections = Sections(run.logs, rank, context.generation)
+    sections.mark("start")
+    faults = Faults(config.faults.inject, rank, run.faults_path, context.generation)
+    faults.at("start")
+    return sections, faults
 
 
 def _train(
@@ -67,15 +87,22 @@ def _train(
     device: torch.device,
     context: RankContext,
     plain: bool,
+    watch: Watch,
     prepare: Prepare | None,
 ) -> dict[str, Any]:
     run = RunFolder(Path(payload["run"]))
-    session = assemble(config, run, ranks, device, context.stop, local_rank=context.local_rank, plain=plain)
+    sections, faults = watch
+    entered = time.time()
+    session = assemble(
+        config, run, ranks, device, context.stop, local_rank=context.local_rank, plain=plain, faults=faults,
+        sections=sections,
+    )  # fmt: skip
     try:
         layout = ranks.layout
         session.telemetry.event(
             "start",
             cause=payload["cause"],
+            generation=context.generation,
             launcher=context.launcher,
             world_size=layout.world_size,
             ep_size=layout.ep_size,
@@ -83,9 +110,13 @@ def _train(
             device=str(device),
             threads_per_rank=torch.get_num_threads(),
         )
+        loading = time.time()
+        session.at("load")
         first_step = session.resume(payload["resume"], payload["accepted"])
         if first_step:
             session.telemetry.event("resume", cause="newest committed checkpoint", step=first_step)
+        if payload.get("recovery"):
+            _recovered(session, payload["recovery"], context.generation, first_step, entered, loading)
         if prepare is not None:
             prepare(session)
         result = train(session, first_step)
@@ -96,3 +127,26 @@ def _train(
         raise
     finally:
         session.close()
+        sections.close()
+
+
+def _recovered(
+    session: Session, recovery: dict[str, Any], generation: int, step: int, entered: float, loading: float
+) -> None:
+    """Writes where the time of a restart went. Times are of the wall clock, which the driver and rank 0 share."""
+    now = time.time()
+    parts = {
+        "teardown": recovery["ended_at"] - recovery["observed_at"],
+        "waiting": recovery["launched_at"] - recovery["ended_at"],
+        "processes": entered - recovery["launched_at"],
+        "assembly": loading - entered,
+        "load": now - loading,
+    }
+    session.telemetry.event(
+        "recovered",
+        cause=recovery["cause"],
+        step=step,
+        generation=generation,
+        seconds_in_all=round(max(0.0, now - recovery["observed_at"]), 3),
+        **{f"seconds_{name}": round(max(0.0, value), 3) for name, value in parts.items()},
+    )

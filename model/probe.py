@@ -53,57 +53,85 @@ class ProbeHandle:
             experts.inspect = None
 
 
-def attach(model: Transformer) -> ProbeHandle:
+def attach(
+    model: Transformer,
+    found: Callable[[NonFiniteError], None] | None = None,
+    checked: Callable[[], None] | None = None,
+) -> ProbeHandle:
     """Check every tensor that leaves a part of a layer, and every gradient that enters it, until removed.
 
-    The error is raised inside the forward or backward that meets the number first; on a GPU each check waits for the
-    device, so this is for finding a fault and not for training.
+    On a GPU each check waits for the device, so this is for finding a fault and not for training.
+
+    Args:
+        found: called with each number that is not finite, where the pass is to go on. None raises it, inside the
+            forward or backward that meets it first.
+        checked: called before each check.
 
     Raises (later, from the model's forward or backward):
-        NonFiniteError
+        NonFiniteError: with `found` None.
     """
     kinds = (Attention, Block, Embedding, Head, MLP, MoE, MultiTokenPrediction, Router)
+    check = _checker(found, checked)
     hooks: list[torch.utils.hooks.RemovableHandle] = []
     inspected: list[Experts] = []
     for name, module in model.named_modules():
-        layer, part = _split(name)
+        layer, part = layer_and_part(name)
         if isinstance(module, Experts):
             owner = model.get_submodule(name.rpartition(".")[0])
             assert isinstance(owner, MoE)
-            module.inspect = _experts_check(layer, part, owner)
+            module.inspect = _experts_look(layer, part, owner, check)
             inspected.append(module)
         elif isinstance(module, kinds):
-            hooks.append(module.register_forward_hook(_hook(layer, part)))
+            hooks.append(module.register_forward_hook(_hook(layer, part, check)))
     return ProbeHandle(hooks, inspected)
 
 
-def _split(name: str) -> tuple[str, str]:
-    """`layers.3.mlp.gate` -> (`layers.3`, `mlp.gate`); `lm_head` -> (`model`, `lm_head`)."""
+def layer_and_part(name: str) -> tuple[str, str]:
+    """The decoder layer of a module or parameter, and where it is in it.
+
+    `layers.3.mlp.gate` -> (`layers.3`, `mlp.gate`); `lm_head` -> (`model`, `lm_head`)."""
     parts = name.split(".")
     length = {"layers": 2, "mtp": 3 if parts[2:3] == ["block"] else 2}.get(parts[0], 0)
     return ".".join(parts[:length]) or "model", ".".join(parts[length:])
 
 
-def _hook(layer: str, part: str) -> Callable[[nn.Module, Any, Any], None]:
+Check = Callable[..., None]  # the arguments of `_check`
+
+
+def _checker(found: Callable[[NonFiniteError], None] | None, checked: Callable[[], None] | None) -> Check:
+    def check(*arguments: Any) -> None:
+        if checked is not None:
+            checked()
+        try:
+            _check(*arguments)
+        except NonFiniteError as error:
+            if found is None:
+                raise
+            found(error)
+
+    return check
+
+
+def _hook(layer: str, part: str, check: Check) -> Callable[[nn.Module, Any, Any], None]:
     label = f"{part} output" if part else "output"
 
-    def check(module: nn.Module, args: Any, output: Any) -> None:
+    def look(module: nn.Module, args: Any, output: Any) -> None:
         for tensor in output if isinstance(output, tuple) else (output,):
-            _check(tensor, layer, label)
+            check(tensor, layer, label)
             if tensor.requires_grad:
-                tensor.register_hook(lambda grad: _check(grad, layer, f"gradient of {label}"))
+                tensor.register_hook(lambda grad: check(grad, layer, f"gradient of {label}"))
 
-    return check
+    return look
 
 
-def _experts_check(layer: str, part: str, owner: MoE) -> Callable[[str, Tensor, tuple[int, ...]], None]:
-    def check(what: str, rows: Tensor, rows_per_expert: tuple[int, ...]) -> None:
+def _experts_look(layer: str, part: str, owner: MoE, check: Check) -> Callable[[str, Tensor, tuple[int, ...]], None]:
+    def look(what: str, rows: Tensor, rows_per_expert: tuple[int, ...]) -> None:
         numbers = owner.local_experts
-        _check(rows, layer, f"{part} {what}", rows_per_expert, numbers)
+        check(rows, layer, f"{part} {what}", rows_per_expert, numbers)
         if what == "output" and rows.requires_grad:
-            rows.register_hook(lambda grad: _check(grad, layer, f"gradient of {part} output", rows_per_expert, numbers))
+            rows.register_hook(lambda grad: check(grad, layer, f"gradient of {part} output", rows_per_expert, numbers))
 
-    return check
+    return look
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Checkpoints by logical name: saved in slices by every rank, readable at any layout.
+"""Checkpoints by logical name: saved in slices by every rank (parallel/saving.py), readable at any layout.
 
 A checkpoint is a folder `step-00000100` with
 
@@ -11,9 +11,7 @@ Everything is written under a temporary name, flushed, acknowledged by all ranks
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +25,12 @@ from model.naming import pieces
 from model.slots import local_experts
 from parallel.communicator import Communicator
 from parallel.engine import Engine, StateShard
-from parallel.safetensors_file import SafetensorsReader, sha256, write
+from parallel.safetensors_file import SafetensorsReader, sha256
 
 FORMAT = "trimtab-checkpoint-1"
 Experts = Mapping[str, Sequence[int]]  # numbers of the experts stacked in a parameter: model.slots.local_experts
-_STEP = re.compile(r"step-(\d{8})$")
+_STEP = re.compile(r"^step-(\d{8})$")
+_FILE = re.compile(r"^rank-\d{5}\.safetensors$")
 
 
 class CheckpointError(RuntimeError):
@@ -52,136 +51,19 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The steps that a checkpoint's folder holds, by its name."""
+    found = _STEP.search(path.name)
+    assert found is not None, f"{path} is not the folder of a checkpoint"
+    return int(found[1])
+
+
 def committed(root: Path) -> list[Path]:
     """Every folder under `root` that was published, oldest step first. Order is by step, never by file time."""
     if not root.is_dir():
         return []
     found = [path for path in root.iterdir() if _STEP.search(path.name) and (path / "COMMIT").is_file()]
     return sorted(found, key=lambda path: path.name)
-
-
-def save(
-    root: Path,
-    step: int,
-    engine: Engine,
-    biases: dict[str, Tensor],
-    extra: dict[str, Any],
-    communicator: Communicator,
-) -> Path:
-    """Writes and publishes one checkpoint; collective over all ranks.
-
-    Args:
-        root: the folder of checkpoints, on storage that every rank sees.
-        step: optimizer steps done.
-        engine: whose state is saved.
-        biases: routing bias by logical name, the same on every rank.
-        extra: JSON-able: data cursor, configuration, random state ...; rank 0's is stored.
-        communicator: all ranks.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        CheckpointError: on every rank when any rank could not write; what was published before is untouched.
-    """
-    final = step_folder(root, step)
-    draft = root / f".{final.name}.tmp"
-    if communicator.rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    communicator.barrier()
-    file_name = f"rank-{communicator.rank:05d}.safetensors"
-    report: dict[str, Any] = {"file": file_name, "error": "", "runs": []}
-    try:
-        tensors = []
-        experts = local_experts(engine.module)
-        for shard in engine.state_shards():
-            for name, shape, start, values in _logical_runs(shard, experts):
-                key = f"{name}/{shard.kind}@{start}"
-                tensors.append((key, values))
-                report["runs"].append([name, list(shape), shard.kind, start, values.numel()])
-        if communicator.rank == 0:
-            for name, bias in biases.items():
-                tensors.append((f"{name}/weight@0", bias))
-                report["runs"].append([name, list(bias.shape), "weight", 0, bias.numel()])
-        report |= write(draft / file_name, tensors)
-    except OSError as error:
-        report["error"] = f"rank {communicator.rank} could not write {draft / file_name}: {error}"
-    reports = communicator.gather(report)
-    _raise_together(reports, draft, communicator)
-    outcome = {"error": ""}
-    if communicator.rank == 0:
-        try:
-            _publish(draft, final, _manifest(step, reports, extra))
-        except OSError as error:
-            outcome["error"] = f"rank 0 could not publish {final}: {error}"
-    _raise_together(communicator.gather(outcome), draft, communicator)
-    return final
-
-
-def _raise_together(reports: list[dict[str, Any]], draft: Path, communicator: Communicator) -> None:
-    errors = [report["error"] for report in reports if report["error"]]
-    if errors:
-        if communicator.rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError("; ".join(errors) + "; nothing was published, earlier checkpoints are as they were")
-
-
-def _logical_runs(shard: StateShard, experts: Experts) -> list[tuple[str, tuple[int, ...], int, Tensor]]:
-    """Cuts a shard at the borders of logical tensors: (logical name, shape, start in that tensor, values)."""
-    stop = shard.start + shard.values.numel()
-    runs = []
-    for piece in pieces(shard.parameter, shard.shape, experts.get(shard.parameter, ())):
-        first, last = max(shard.start, piece.start), min(stop, piece.start + piece.numel)
-        if first < last:
-            values = shard.values[first - shard.start : last - shard.start]
-            runs.append((piece.logical_name, tuple(piece.shape), first - piece.start, values))
-    return runs
-
-
-def _manifest(step: int, reports: list[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
-    tensors: dict[str, Any] = {}
-    for report in reports:
-        for name, shape, kind, start, numel in report["runs"]:
-            entry = tensors.setdefault(name, {"shape": shape, "dtype": "F32", "runs": {}})
-            entry["runs"].setdefault(kind, []).append([report["file"], start, numel])
-    for entry in tensors.values():
-        for runs in entry["runs"].values():
-            runs.sort(key=lambda run: run[1])
-    files = {report["file"]: {"size": report["size"], "sha256": report["sha256"]} for report in reports}
-    return {"format": FORMAT, "step": step, **extra, "files": files, "tensors": dict(sorted(tensors.items()))}
-
-
-def _publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1).encode()
-    _write_flushed(draft / "manifest.json", text)
-    _flush_folder(draft)
-    _write_flushed(draft / "COMMIT", hashlib.sha256(text).hexdigest().encode())
-    _flush_folder(draft)
-    if final.exists():  # the same step again, after a rollback: the new one replaces the old in two renames
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        draft.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        draft.rename(final)
-    _flush_folder(final.parent)
-
-
-def _write_flushed(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def open_checkpoint(path: Path) -> Saved:
@@ -200,7 +82,22 @@ def open_checkpoint(path: Path) -> Saved:
     manifest = json.loads(text)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads {FORMAT!r}")
+    odd = [name for name in manifest["files"] if not _FILE.match(name)]
+    if odd:
+        raise CheckpointError(f"{path / 'manifest.json'} names files that no rank writes: {', '.join(map(repr, odd))}")
     return Saved(path, manifest["step"], manifest)
+
+
+def open_together(path: Path, communicator: Communicator) -> Saved:
+    """`open_checkpoint`, collective. Raises: CheckpointError on every rank when any rank cannot read it."""
+    wrong, saved = [], None
+    try:
+        saved = open_checkpoint(path)
+    except CheckpointError as error:
+        wrong = [f"rank {communicator.rank}: {error}"]
+    _refuse_together(wrong, communicator)
+    assert saved is not None
+    return saved
 
 
 def damaged_files(saved: Saved, share: int = 0, shares: int = 1) -> list[str]:
@@ -248,13 +145,21 @@ class CheckpointReader:
                 break
             last = min(stop, first + numel)
             if last > position:
-                if file not in self._files:  # its header is read once, not with every tensor
-                    self._files[file] = SafetensorsReader(self.saved.path / file)
-                parts.append(self._files[file].flat_slice(f"{name}/{kind}@{first}", position - first, last - first))
+                parts.append(self._slice(file, f"{name}/{kind}@{first}", position - first, last - first))
                 position = last
         if position < stop:
             raise CheckpointError(f"{self.saved.path} lacks elements {position} to {stop} of {name} ({kind})")
         return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _slice(self, file: str, key: str, start: int, stop: int) -> Tensor:
+        if file not in self.saved.manifest["files"]:
+            raise CheckpointError(f"{self.saved.path} says that {key} is in {file!r}, which is not among its files")
+        try:
+            if file not in self._files:  # its header is read once, not with every tensor
+                self._files[file] = SafetensorsReader(self.saved.path / file)
+            return self._files[file].flat_slice(key, start, stop)
+        except (OSError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.saved.path / file} does not hold {key}: {error!r}") from error
 
     def shard(self, shard: StateShard, experts: Experts, before: Experts | None = None) -> Tensor:
         """The values of one local run, put together from the logical tensors that it covers.
@@ -331,26 +236,6 @@ def load_moved(path: Path, engine: Engine, move: Callable[[], None], communicato
 
 
 def _refuse_together(wrong: list[str], communicator: Communicator) -> None:
-    everywhere = [line for lines in communicator.gather(wrong) for line in lines]
+    everywhere = list(dict.fromkeys(line for lines in communicator.gather(wrong) for line in lines))
     if everywhere:
         raise CheckpointError("; ".join(everywhere))
-
-
-def prune(root: Path, keep: int, newest: int) -> list[Path]:
-    """Deletes what a run needs no more, just after it saved; returns what went.
-
-    All but the `keep` newest checkpoints (0 keeps all), drafts that a dead run left, and checkpoints of later steps:
-    these are of a history that was given up, since the run went back before them, damaged ones above all. Counted as
-    the newest they would push out the readable ones.
-
-    Args:
-        newest: the step that was just saved.
-    """
-    for draft in root.glob(".step-*"):
-        shutil.rmtree(draft, ignore_errors=True)
-    mine = [path for path in committed(root) if path.name <= step_folder(root, newest).name]
-    gone = [path for path in committed(root) if path not in mine] + (mine[:-keep] if keep > 0 else [])
-    for path in gone:
-        (path / "COMMIT").unlink()  # first make it not a checkpoint, then remove it: never half a published one
-        shutil.rmtree(path)
-    return gone

@@ -8,7 +8,7 @@ be read without touching the rest. Format: an 8-byte little-endian header length
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ _CODES = {
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
-def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+def write(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], halfway: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Writes tensors to a new file and flushes it to the disk.
 
     Args:
         path: the file; must not exist.
         tensors: (key, tensor) pairs; keys must differ.
+        halfway: called once, when half of the data has been handed to the operating system.
 
     Returns:
         {"size": bytes, "sha256": hex digest of the whole file}.
@@ -59,6 +62,10 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
         for chunk in _chunks(header, listed):
             file.write(chunk)
             digest.update(chunk)
+            if halfway is not None and 2 * file.tell() >= offset:
+                file.flush()
+                halfway()
+                halfway = None
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()

@@ -66,7 +66,7 @@ MISTAKES = {
     "counts in bf16": Mistake(counted_as("bfloat16"), "counts of step"),
     "counts in fp16": Mistake(counted_as("float16"), "large counts"),
     "a recomputed forward counts again": Mistake(counted_in_forward("memory"), "counts of step 0"),
-    "evaluation counts": Mistake(counted_in_forward("not recomputed"), "counts of step 1"),
+    "evaluation counts": Mistake(counted_in_forward("not recomputed"), "counts of step 2"),  # the look back at a skip
     "each rank by its own counts": Mistake(
         ((BALANCE, f"self.communicator.all_reduce(counts), {REDUCED}", f"counts, {REDUCED}"),),
         "BiasMismatchError: ranks [0] and [1] hold different",

@@ -1,5 +1,6 @@
 """Checkpoints: continuing is bit for bit the undisturbed run, and any layout reads any other's."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel import checkpoint
+from parallel import checkpoint, retention, saving
 from parallel.engine import PlainEngine
 from parallel.ranks import process_ranks, single_rank, virtual_ranks
 from parallel.threads import run_virtual_ranks
@@ -30,7 +31,7 @@ def zero_engine(ranks, model, stage: int, rank: int):
 def save(path: Path, engine, model, ranks, step: int) -> None:
     """Saves with the least that a checkpoint needs."""
     extra = {"optimizer_steps": engine.optimizer_steps}
-    checkpoint.save(path, step, engine, training.routers(model), extra, ranks.dp)
+    saving.save(path, step, engine, training.routers(model), extra, ranks.dp)
 
 
 def load(path: Path, engine, model, ranks) -> int:
@@ -151,12 +152,15 @@ def test_the_folder_is_what_the_contract_says(tmp_path: Path) -> None:
     assert "layers.1.mlp.gate.e_score_correction_bias" in manifest["tensors"]
 
 
-@pytest.mark.parametrize("damage", ["byte", "truncated", "missing", "manifest", "no commit"])
+@pytest.mark.parametrize(
+    "damage", ["byte", "truncated", "missing", "manifest", "swapped files", "swapped experts", "elsewhere", "no commit"]
+)
 def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     save_virtual(tmp_path)
     folder = tmp_path / "step-00000002"
-    victim = folder / "rank-00001.safetensors"
+    victim, manifest = folder / "rank-00001.safetensors", folder / "manifest.json"
     content = bytearray(victim.read_bytes())
+    expected = "rank-00001"
     if damage == "byte":
         content[-9] ^= 1
         victim.write_bytes(content)
@@ -165,28 +169,68 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     elif damage == "missing":
         victim.unlink()
     elif damage == "manifest":
-        text = (folder / "manifest.json").read_text()
-        (folder / "manifest.json").write_text(text.replace('"step": 2', '"step": 3'))
+        manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
+        expected = "manifest.json"
+    elif damage == "swapped files":
+        victim.rename(folder / "aside")
+        (folder / "rank-00000.safetensors").rename(victim)
+        (folder / "aside").rename(folder / "rank-00000.safetensors")
+    elif damage == "swapped experts":  # of one size, in one file: nothing but the checksum can tell
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        first, other = (f"layers.1.mlp.experts.{number}.down_proj/weight@0" for number in (4, 5))
+        text = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
+        assert header[first]["shape"] == header[other]["shape"]
+        swapped = text.replace(first, "?").replace(other, first).replace("?", other)
+        assert len(swapped) == len(text) and swapped != text
+        content[8 : 8 + len(text)] = swapped.encode()
+        victim.write_bytes(content)
+    elif damage == "elsewhere":  # a manifest that was signed anew and points out of the folder
+        text = manifest.read_text().replace("rank-00001.safetensors", "../../rank-00001.safetensors")
+        manifest.write_text(text)
+        (folder / "COMMIT").write_text(hashlib.sha256(text.encode()).hexdigest())
+        expected = r"names files that no rank writes: '\.\./\.\./rank-00001"
     else:
         (folder / "COMMIT").unlink()
         assert checkpoint.committed(tmp_path) == []
         return
-    expected = "manifest.json" if damage == "manifest" else "rank-00001"
     with pytest.raises(checkpoint.CheckpointError, match=expected):
         continue_alone(tmp_path)
+
+
+def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
+    import pickle
+
+    class Trap:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    save_virtual(tmp_path)
+    folder = tmp_path / "step-00000002"
+    trap = pickle.dumps(Trap())
+    (folder / "rank-00000.safetensors").write_bytes(trap)
+    with pytest.raises(checkpoint.CheckpointError, match="rank-00000"):
+        continue_alone(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())  # and by somebody who signs it anew
+    manifest["files"]["rank-00000.safetensors"] = {"size": len(trap), "sha256": hashlib.sha256(trap).hexdigest()}
+    text = json.dumps(manifest)
+    (folder / "manifest.json").write_text(text)
+    (folder / "COMMIT").write_text(hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(checkpoint.CheckpointError, match="is not a safetensors file"):
+        continue_alone(tmp_path)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_stops_no_rank(tmp_path: Path, monkeypatch) -> None:
     save_virtual(tmp_path)
     before = (tmp_path / "step-00000002" / "COMMIT").read_text()
-    real = checkpoint.write
+    real = saving.write
 
-    def full(path: Path, tensors) -> dict:
+    def full(path: Path, tensors, halfway) -> dict:
         if "rank-00001" in path.name:
             raise OSError(28, "No space left on device")
-        return real(path, tensors)
+        return real(path, tensors, halfway)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(saving, "write", full)
     with pytest.raises(checkpoint.CheckpointError, match=r"rank 1 could not write .* No space left"):
         save_virtual(tmp_path)
     assert (tmp_path / "step-00000002" / "COMMIT").read_text() == before
@@ -201,7 +245,7 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
         (tmp_path / "step-00000002").rename(checkpoint.step_folder(tmp_path, step))
         (tmp_path / "moved").rename(tmp_path / "step-00000002")
     (tmp_path / ".step-00000008.tmp").mkdir()
-    assert [path.name for path in checkpoint.prune(tmp_path, keep=2, newest=6)] == ["step-00000002"]
+    assert [path.name for path in retention.prune(tmp_path, keep=2, newest=6)] == ["step-00000002"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
 
 
@@ -210,7 +254,7 @@ def test_prune_keeps_what_a_run_saved_after_it_went_back(tmp_path: Path) -> None
         save_virtual(tmp_path)
         if step > 2:
             shutil.copytree(tmp_path / "step-00000002", checkpoint.step_folder(tmp_path, step))
-    gone = checkpoint.prune(tmp_path, keep=1, newest=4)  # 9 was damaged, the run went back to 2 and saved 4
+    gone = retention.prune(tmp_path, keep=1, newest=4)  # 9 was damaged, the run went back to 2 and saved 4
     assert sorted(path.name for path in gone) == ["step-00000002", "step-00000009"]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 

@@ -1,0 +1,162 @@
+"""`trimtab checkpoint list | verify | prune`."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.context import EXIT_FAILED, EXIT_OK
+from launch.config import Config, ConfigError, read
+from launch.runfolder import RunFolder
+
+
+def add_checkpoint_commands(commands: Any) -> None:
+    """Adds the `checkpoint` command and its actions to a parser's subcommands."""
+    checkpoint = commands.add_parser("checkpoint", help="List, check and delete a run's checkpoints.")
+    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    listing = actions.add_parser(
+        "list", help="show step, size and layout of each", epilog="example: trimtab checkpoint list runs/debug"
+    )
+    listing.set_defaults(run_command=_list)
+
+    verify = actions.add_parser(
+        "verify", help="read every byte back", epilog="example: trimtab checkpoint verify runs/debug"
+    )
+    verify.set_defaults(run_command=_verify)
+
+    prune = actions.add_parser(
+        "prune",
+        help="delete those beyond the newest few, and what dead runs left half-written",
+        description="Deletes checkpoints of a run that nobody trains now, by the run's own rule unless told another.",
+        epilog="example: trimtab checkpoint prune runs/debug --keep 1 --dry-run",
+    )
+    prune.add_argument("--keep", type=int, help="so many of the newest stay, at least 1 (default: checkpoint.keep)")
+    prune.add_argument(
+        "--keep-every", type=int, metavar="STEPS",
+        help="and every multiple of STEPS, 0 for none (default: checkpoint.keep_every_steps)",
+    )  # fmt: skip
+    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
+    prune.set_defaults(run_command=_prune)
+    for action in (listing, verify, prune):
+        action.add_argument("run", type=Path)
+        action.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+
+
+def _opened(folder: Path) -> tuple[Config, Path]:
+    """A run's configuration and the folder of its checkpoints; raises ConfigError where it is not a run."""
+    from launch.session import checkpoint_root
+
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(
+            [f"{folder} is not a run: it has no config.toml; give the folder of a run, such as runs/debug"]
+        )
+    run = RunFolder(folder)
+    problems: list[str] = []
+    config = read(str(run.config), [], problems)
+    if problems:
+        raise ConfigError([f"{run.config}: {problem}" for problem in problems])
+    return config, checkpoint_root(config, run)
+
+
+def _list(options: Any) -> int:
+    from parallel.checkpoint import CheckpointError, committed, open_checkpoint, step_of
+
+    _, root = _opened(options.run)
+    found = []
+    for path in committed(root):
+        row: dict[str, Any] = {"step": step_of(path), "path": str(path)}
+        try:
+            manifest = open_checkpoint(path).manifest
+            layout = manifest.get("layout", {})
+            row |= {
+                "bytes": sum(entry["size"] for entry in manifest["files"].values()),
+                "tokens": manifest.get("tokens"), "world_size": layout.get("world_size"),
+                "ep_size": layout.get("ep_size"), "files": len(manifest["files"]),
+                "saved": datetime.fromtimestamp((path / "COMMIT").stat().st_mtime, UTC).isoformat(timespec="seconds"),
+            }  # fmt: skip
+        except (CheckpointError, OSError) as error:
+            row["damaged"] = str(error)
+        found.append(row)
+    for row in found:
+        if "damaged" in row:
+            print(f"step {row['step']:>8}  NOT READABLE: {row['damaged']}")
+        else:
+            print(
+                f"step {row['step']:>8}  {row['bytes'] / 2**20:10,.1f} MiB  {row['files']} files of "
+                f"{row['world_size']} ranks (ep {row['ep_size']})  {row['tokens']:,} tokens  {row['saved']}"
+            )
+    drafts = sorted(path.name for path in root.glob(".step-*")) if root.is_dir() else []
+    if drafts:
+        print(f"not published: {', '.join(drafts)}; the next save or `trimtab checkpoint prune` deletes them")
+    if not found:
+        print(f"no committed checkpoint in {root}")
+    if options.json:
+        print(json.dumps({"checkpoints": found, "drafts": drafts}))
+    return EXIT_OK
+
+
+def _verify(options: Any) -> int:
+    from launch.load import committed_checkpoints
+    from parallel.checkpoint import CheckpointError, damaged_files, open_checkpoint
+
+    _opened(options.run)
+    status, found = EXIT_OK, {}
+    for path in committed_checkpoints(options.run):
+        try:
+            saved = open_checkpoint(path)
+            wrong = damaged_files(saved)
+        except CheckpointError as error:
+            wrong = [str(error)]
+        found[str(path)] = wrong
+        for line in wrong:
+            print(line)
+            status = EXIT_FAILED
+        if not wrong:
+            files, tensors = len(saved.manifest["files"]), len(saved.manifest["tensors"])
+            print(f"{path}: {files} files, {tensors} tensors, all as written")
+    if options.json:
+        print(json.dumps({"checkpoints": found}))
+    return status
+
+
+def _prune(options: Any) -> int:
+    """Never the newest readable one: a damaged newest checkpoint does not count towards those that are kept."""
+    from launch.lock import only_driver
+    from parallel import retention
+    from parallel.checkpoint import committed, step_of
+
+    config, root = _opened(options.run)
+    keep = config.checkpoint.keep if options.keep is None else options.keep
+    every = config.checkpoint.keep_every_steps if options.keep_every is None else options.keep_every
+    if every < 0 or keep < 0 or (options.keep is not None and keep < 1):
+        raise ConfigError([f"--keep = {keep}, --keep-every = {every}: keep at least 1 checkpoint, and every 0 or more"])
+    with only_driver(options.run):
+        if not options.dry_run:
+            retention.recover(root)
+        readable = [path for path in committed(root) if not _damaged(path)]
+        damaged = [path for path in committed(root) if path not in readable]
+        kept = retention.kept_steps([step_of(path) for path in readable], keep, every)
+        gone = [path for path in readable if step_of(path) not in kept]
+        drafts = [path for path in root.glob(".step-*") if not path.name.endswith(".old")] if root.is_dir() else []
+        if not options.dry_run:
+            retention.remove(gone)
+            retention.remove_drafts(drafts)
+    for path in (*gone, *drafts):
+        print(f"{'would delete' if options.dry_run else 'deleted'} {path}")
+    for path in damaged:
+        print(f"left {path}: it is damaged, see `trimtab checkpoint verify`; delete it by hand")
+    print(f"{len(readable) - len(gone)} readable checkpoints {'would stay' if options.dry_run else 'stay'} in {root}")
+    if options.json:
+        paths = {"deleted": gone, "drafts": drafts, "damaged": damaged}
+        print(json.dumps({name: [str(path) for path in listed] for name, listed in paths.items()}))
+    return EXIT_OK
+
+
+def _damaged(path: Path) -> bool:
+    from parallel.checkpoint import CheckpointError, damaged_files, open_checkpoint
+
+    try:
+        return bool(damaged_files(open_checkpoint(path)))
+    except CheckpointError:
+        return True

@@ -1,0 +1,62 @@
+"""Where each rank is: the section and step it is in, in a small file that outlives the process.
+
+A rank overwrites one line at the start of every section (`pwrite`, a microsecond): a killed process leaves its place
+behind, and whoever watches from outside needs nothing of the rank's cooperation.
+"""
+
+import os
+import time
+from pathlib import Path
+
+from cluster.causes import Place
+
+_WIDTH = 80  # bytes; fixed, so that one write replaces the whole line
+
+
+def section_file(folder: Path, rank: int) -> Path:
+    """The file of one rank in the run's folder of logs."""
+    return folder / f"rank-{rank}.at"
+
+
+class Sections:
+    """One rank's place; `mark` is called at the start of each section.
+
+    Args:
+        folder: the run's logs. rank: whose place it is. generation: of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int, generation: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.generation = generation
+        self._fd = os.open(section_file(folder, rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    def mark(self, section: str, step: int | None = None) -> None:
+        """Notes that a section begins. step: 1-based, None before the first. A full disk does not matter here."""
+        line = f"{self.generation} {section} {step or 0} {time.time():.6f}".ljust(_WIDTH - 1) + "\n"
+        try:
+            os.pwrite(self._fd, line.encode(), 0)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Closes the file and leaves it."""
+        os.close(self._fd)
+
+
+def read_place(folder: Path, generation: int, rank: int | None = None) -> Place:
+    """Where a rank of this generation was last; "start" when it has not said anything yet.
+
+    Args:
+        rank: None takes the rank that came furthest.
+    """
+    files = [section_file(folder, rank)] if rank is not None else sorted(folder.glob("rank-*.at"))
+    places = [place for file in files if (place := _read(file, generation)) is not None]
+    return max(places, key=lambda place: (place.step or 0, place.seen_at), default=Place())
+
+
+def _read(file: Path, generation: int) -> Place | None:
+    try:
+        told, section, step, at = file.read_text().split()
+        return Place(section, int(step) or None, float(at)) if int(told) == generation else None
+    except (OSError, ValueError):  # not there yet, or torn by a crash of the machine
+        return None

@@ -1,0 +1,139 @@
+"""Ties the supervisor to a run: launcher, checkpoints, events, and the samples of a step that keeps failing."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.causes import Names, Place
+from cluster.context import LaunchResult
+from cluster.signals import StopSignals
+from cluster.supervisor import Generation, OneMachine, Policy, Pool, Surroundings, supervise
+from cluster.worlds import legal_worlds
+from launch.config import Config
+from launch.preflight import Plan
+from launch.runfolder import RunFolder
+from launch.sections import read_place
+
+# Exceptions whose cause their class tells, wherever they were raised; base classes count.
+NAMES = Names(
+    storage=("CheckpointError", "StorageError"),
+    numeric=("NonFiniteError", "TrainingDivergedError", "BiasMismatchError", "ReplicaMismatchError"),
+)
+
+Launch = Callable[[Generation, dict[str, Any], StopSignals], LaunchResult]
+
+
+def run_supervised(
+    plan: Plan, payload: dict[str, Any], launch: Launch, say: Callable[[str], None], pool: Pool | None = None
+) -> LaunchResult:
+    """Trains through failures; see `cluster.supervisor.supervise`.
+
+    Args:
+        payload: of the entry; from the second generation on it takes the newest readable checkpoint.
+        launch: starts one generation with a payload; the signals' `stop` is set on request.
+        pool: where ranks can be placed; None is this machine.
+    """
+    run = RunFolder(plan.run)
+    config, spec = plan.config, plan.config.cluster
+    policy = Policy(
+        workers=spec.workers,
+        min_workers=spec.min_workers,
+        restarts=spec.restarts,
+        backoff_s=spec.backoff_s,
+        backoff_max_s=spec.backoff_max_s,
+        wait_for_nodes_s=spec.wait_for_nodes_s,
+    )
+
+    def event(kind: str, *, cause: str, **more: Any) -> None:
+        run.event(kind, cause=cause, **more)
+        if kind == "restart":
+            say(f"restart {more['generation']}: from step {more['step']} with {more['workers']} workers")
+
+    def one(generation: Generation) -> LaunchResult:
+        return launch(generation, payload_of(payload, config, generation), signals)
+
+    with StopSignals() as signals:
+        around = Surroundings(
+            committed=lambda: newest_committed(Path(config.checkpoint.dir or run.checkpoints)),
+            place=lambda generation, rank: read_place(run.logs, generation, rank),
+            legal=lambda limit: largest_world(config, limit),
+            event=event,
+            poison=lambda place: keep_samples(config, run, place),
+            say=say,
+            names=NAMES,
+        )
+        try:
+            return supervise(one, policy, around, signals.stop, pool or OneMachine())
+        finally:
+            run.close()
+
+
+def payload_of(payload: dict[str, Any], config: Config, generation: Generation) -> dict[str, Any]:
+    """What a generation's ranks are told: the first start as it is, a restart from the newest readable checkpoint."""
+    if generation.number == 0:
+        return payload
+    cluster = replace(config.cluster, workers=generation.workers)
+    return {
+        **payload,
+        "config": asdict(replace(config, cluster=cluster)),
+        "resume": "auto",
+        "recovery": generation.recovery,
+        "cause": f"restart because of {(generation.recovery or {}).get('cause')}",
+    }
+
+
+def newest_committed(root: Path) -> int:
+    """Step of the newest checkpoint that was published; 0 when there is none."""
+    steps = [int(path.parent.name.removeprefix("step-")) for path in root.glob("step-*/COMMIT")]
+    return max(steps, default=0)
+
+
+def largest_world(config: Config, limit: int) -> int | None:
+    """The most ranks, at most `limit`, that this configuration can run on."""
+    return legal_worlds(
+        limit,
+        n_routed_experts=config.model.n_routed_experts,
+        ep_size=config.parallel.ep_size,
+        lanes=config.data.lanes,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+    ).largest(limit)
+
+
+def keep_samples(config: Config, run: RunFolder, place: Place) -> str:
+    """Writes which sequences and documents a step read, for a step that failed too often; says where.
+
+    The order of the data is a pure function of the configuration, so that no rank has to survive for this.
+    """
+    if place.step is None or place.is_starting or config.data.mode == "stream":
+        return ""
+    from data.cursor import batches_of
+    from data.mixture import open_data, plan_of
+    from data.provenance import origins
+
+    dataset, cursor = open_data(config.data), _saved_cursor(Path(config.checkpoint.dir or run.checkpoints))
+    try:
+        plan, batch_size = plan_of(dataset, config.data, config.train.global_batch_size), config.train.global_batch_size
+        if cursor is None:
+            ids = plan.batch(place.step - 1, batch_size)
+        else:  # it knows which ranges were skipped
+            ids = plan.sequence_ids(batches_of(cursor).numbers(place.step - 1))
+        documents, n_documents = origins(dataset, plan, ids.tolist(), limit=4096)
+    finally:
+        dataset.close()
+    path = run.path / f"failed-step-{place.step:08d}.json"
+    record: dict[str, Any] = {"step": place.step, "section": place.section, "sequence_ids": ids.tolist()}
+    record |= {"n_documents": n_documents, "documents": [one._asdict() for one in documents]}
+    path.write_text(json.dumps(record) + "\n")
+    return f"its samples are listed in {path}"
+
+
+def _saved_cursor(root: Path) -> dict[str, Any] | None:
+    """The data cursor of the newest published checkpoint, None where none can be read."""
+    step = newest_committed(root)
+    try:
+        return json.loads((root / f"step-{step:08d}" / "manifest.json").read_text())["cursor"] if step else None
+    except (OSError, ValueError, KeyError):
+        return None

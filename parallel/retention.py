@@ -1,0 +1,74 @@
+"""Which checkpoints stay: the newest few and every so-manieth step; and what a crash in the middle left behind."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from parallel.checkpoint import committed, step_of
+from parallel.saving import Hook, no_hook
+
+
+def kept_steps(steps: Iterable[int], keep: int, keep_every_steps: int = 0) -> set[int]:
+    """The steps whose checkpoints stay.
+
+    Args:
+        steps: of the checkpoints that there are.
+        keep: so many of the newest stay; 0 keeps all.
+        keep_every_steps: besides, every multiple of it stays; 0 for none.
+    """
+    ordered = sorted(steps)
+    newest = ordered[-keep:] if keep > 0 else ordered
+    return {step for step in ordered if step in newest or (keep_every_steps > 0 and step % keep_every_steps == 0)}
+
+
+def prune(root: Path, keep: int, newest: int, keep_every_steps: int = 0, hook: Hook = no_hook) -> list[Path]:
+    """Deletes what a run needs no more, just after it saved; returns what went, oldest first.
+
+    Besides what `kept_steps` gives up, these go: drafts that a dead run left, and checkpoints of later steps. The
+    latter are of a history that was given up, since the run went back before them, damaged ones above all; counted as
+    the newest they would push out the readable ones.
+
+    Args:
+        newest: the step that was just saved.
+        hook: told of `cleanup` before anything is deleted.
+
+    Raises:
+        OSError: something could not be deleted; what is left is a checkpoint still, or is not one any more.
+    """
+    hook("cleanup")
+    remove_drafts(list(root.glob(".step-*")))
+    found = {step_of(path): path for path in committed(root)}
+    kept = kept_steps([step for step in found if step <= newest], keep, keep_every_steps)
+    gone = [path for step, path in found.items() if step not in kept]
+    remove(gone)
+    return gone
+
+
+def remove(checkpoints: Iterable[Path]) -> None:
+    """Deletes committed checkpoints; raises OSError like `prune`."""
+    for path in checkpoints:
+        (path / "COMMIT").unlink()  # first make it not a checkpoint, then remove it: never half a published one
+        shutil.rmtree(path)
+
+
+def remove_drafts(drafts: Iterable[Path]) -> None:
+    """Deletes folders that were never published; one that cannot be deleted does no harm."""
+    for draft in drafts:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def recover(root: Path) -> list[Path]:
+    """Puts a checkpoint back that was moved aside for a newer one of the same step which then was not published.
+
+    That takes two renames, and a crash may come between them. Returns: the checkpoints that are there again.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    found = []
+    for aside in sorted(root.glob(".step-*.old")) if root.is_dir() else []:
+        final = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
+        if (aside / "COMMIT").is_file() and not final.exists():
+            aside.rename(final)
+            found.append(final)
+    return found
