@@ -38,9 +38,9 @@ def main(argument: str) -> int:
             metrics = Path(run) / "metrics.jsonl"
             while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
                 time.sleep(0.02)
-            told["nodes_before"] = len(living_nodes())
             raylets = {node.node_id: node.all_processes["raylet"][0].process.pid for node in others}
             told["killed"] = next(node for node, pid in raylets.items() if holds_a_rank(pid))
+            told["nodes_before"] = len(living_nodes())
             told["killed_at"] = time.time()
             os.kill(raylets[told["killed"]], signal.SIGKILL)
 

@@ -38,16 +38,16 @@ def drill(module: str, argument: str) -> tuple[dict, str]:
 @pytest.mark.slow
 def test_a_killed_node_is_replaced_by_the_third(config: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    slowly = "faults.inject=slow@rank=0,seconds=0.2,times=0"
+    slowly = "faults.inject=slow@rank=0,seconds=1,times=0"
     arguments = ["train", str(config), "cluster.nodes=2", slowly]
     arguments += ["--launcher", "ray", "--run", str(run), "--no-summary"]
     told, output = drill("ray_drill", json.dumps([arguments, str(run), 3]))
     assert told["status"] == 0, output
     assert told["nodes_before"] == 3
-    [event] = events(run, "restart")
-    assert (event["cause"], event["node"], event["workers"]) == ("node", told["killed"], 2)
+    [event] = [one for one in events(run, "restart") if one["cause"] == "node"]
+    assert (event["node"], event["workers"]) == (told["killed"], 2)
     assert event["failed_step"] < 6 and event["seconds_teardown"] < 10
-    assert [started["world_size"] for started in events(run, "start")] == [2, 2]
+    assert {started["world_size"] for started in events(run, "start")} == {2}
     assert_one_history(run, undisturbed)
 
 

@@ -34,16 +34,23 @@ def poison(
     micro_step: int | None = None,
 ) -> None:  # fmt: skip
     """Multiplies one rank's own gradient of one parameter, or of one of its experts, in some steps (0-based)."""
-    now, calls = [0], [0]
+    now, micro = [0], [0]
+    begin = session.watch.begin
 
-    def begin(step: int) -> None:
-        now[0], calls[0] = step, -1
+    def begin_micro_step(number: int) -> None:
+        micro[0] = number
+        begin(number)
 
-    at_step(session, begin)
+    def begin_step(step: int) -> None:
+        now[0] = step
 
+    at_step(session, begin_step)
+    session.watch.begin = begin_micro_step  # type: ignore[method-assign]
+
+    # With experts on several ranks a hook of their weights is called twice: as the exchange's backward takes the
+    # gradient, and as it hands it on.
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        calls[0] += 1
-        if now[0] not in steps or session.ranks.dp.rank != rank or micro_step not in (None, calls[0]):
+        if now[0] not in steps or session.ranks.dp.rank != rank or micro_step not in (None, micro[0]):
             return gradient
         spoiled = gradient.clone()
         (spoiled if slot is None else spoiled[slot]).mul_(by)
