@@ -15,6 +15,10 @@ class ClusterConfig:
     checkpoint between, after backoff_s, doubled each time up to backoff_max_s. 0 restarts never. Where nodes are
     missing it waits wait_for_nodes_s for them, then goes on with the largest number of workers that the configuration
     can run on, but not with fewer than min_workers; when the nodes are back it grows again.
+
+    A rank that stays in one section longer than its limit hangs, and is killed: limit_start_s is for start and load,
+    limit_save_s for save, limit_step_s for each other section of a step. 0 sets no limit. Below parallel.timeout_s,
+    limit_step_s comes before the other ranks' collectives give up.
     """
 
     nodes: int = 1
@@ -32,6 +36,9 @@ class ClusterConfig:
     backoff_max_s: float = 60.0
     wait_for_nodes_s: float = 60.0
     min_workers: int = 1
+    limit_start_s: float = 1800.0
+    limit_step_s: float = 450.0
+    limit_save_s: float = 2400.0
 
     def problems(self) -> list[str]:
         """Every rule that this section breaks, each with its key, value and a way out."""
@@ -68,6 +75,10 @@ class ClusterConfig:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 found.append(f"cluster.{name} = {value} must be 0 or more seconds")
+        for name in ("limit_start_s", "limit_step_s", "limit_save_s"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                found.append(f"cluster.{name} = {value} must be 0 (no limit) or more seconds")
         if self.capacity_wait_s < 0:
             found.append(f"cluster.capacity_wait_s = {self.capacity_wait_s} must be 0 (do not wait) or more seconds")
         return found

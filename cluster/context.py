@@ -52,9 +52,10 @@ class RankFailure:
     """Why one rank did not deliver a result.
 
     kind: "exception" (the entry raised), "killed" (a signal or a lost actor), "node" (lost with its machine), "exited"
-    (the process ended without a result), "start" (never began), "capacity" (no room for the ranks), "timeout"
-    (answered or stopped too late). observed_at: time.time() seconds. exception: the names of what was raised, its
-    class first, then its base classes. node: the id of the machine, "" where the launcher knows only one.
+    (the process ended without a result), "start" (never began), "capacity" (no room for the ranks), "hang" (killed by
+    its monitor), "timeout" (answered or stopped too late). observed_at: time.time() seconds. exception: the names of
+    what was raised, its class first, then its base classes. node: the id of the machine, "" where the launcher knows
+    only one.
     """
 
     rank: int

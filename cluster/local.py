@@ -18,6 +18,7 @@ from cluster.context import LaunchResult, RankContext, RankFailure
 from cluster.entry import encode, loopback_interface, prepare_environment, thread_count
 from cluster.flag import StopFlag
 from cluster.logs import LogTail, last_lines, rank_log
+from cluster.monitor import hang_of, new_watch
 from cluster.outcome import conclude
 from cluster.process import signal_group
 from cluster.rank_process import report_file, started_file
@@ -94,6 +95,7 @@ class _Gang:
         self.reports: list[dict | None] = [None] * spec.workers
         self.lost: list[RankFailure] = []
         self.tail: LogTail | None = None
+        self.watch = new_watch(spec, log_dir)
         self._asked_to_stop = False
         self._kill_at: float | None = None
         self._killed = False
@@ -127,6 +129,7 @@ class _Gang:
                         "context": context.to_json(),
                         "control": str(self.control),
                         "parent_pid": os.getpid(),
+                        "watch": self.watch,
                         "sys_path": [os.path.abspath(path) for path in sys.path],
                     }
                 )
@@ -185,7 +188,9 @@ class _Gang:
             if not self.reports[number]["ok"]:  # type: ignore[index]
                 self._fail_soon()
         elif not any(failure.rank == number for failure in self.lost):
-            if code < 0:
+            if hang := hang_of(self.watch, number):
+                self._lose(number, "hang", hang)
+            elif code < 0:
                 self._lose(number, "killed", f"its process was killed by {signal.Signals(-code).name}", -code)
             else:
                 self._lose(number, "exited", f"its process ended with status {code} and left no result")

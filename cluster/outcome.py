@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK, EXIT_STOPPED, STOPPED, LaunchResult, RankFailure
 
 # A rank that vanished explains the broken connections that its peers report at the same moment, so it comes first.
-CAUSE_ORDER = {"start": 0, "capacity": 0, "node": 1, "killed": 1, "timeout": 2, "exited": 3, "exception": 4}
+CAUSE_ORDER = {"start": 0, "capacity": 0, "node": 1, "killed": 1, "hang": 1, "timeout": 2, "exited": 3, "exception": 4}
 SAME_MOMENT_S = 1.0
 
 

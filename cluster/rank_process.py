@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.context import RankContext
 from cluster.entry import run_entry
+from cluster.monitor import start_monitor, stop_monitor
 from cluster.process import die_with_parent, kill_own_group, watch_pipe
 
 
@@ -39,7 +40,9 @@ def main(spec_path: str) -> int:
 
     control = Path(spec["control"])
     started_file(control, context.rank).touch()
+    monitor = start_monitor(spec["watch"], context)
     report = run_entry(spec["entry"], spec["payload"], context)
+    stop_monitor(monitor)
     if not report["ok"]:
         print(report["error"], file=sys.stderr, flush=True)
     path = report_file(control, context.rank)

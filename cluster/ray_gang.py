@@ -11,6 +11,7 @@ from cluster.config import ClusterConfig
 from cluster.context import RankContext, RankFailure
 from cluster.entry import loopback_interface
 from cluster.logs import LogTail, last_lines, rank_log
+from cluster.monitor import hang_of, new_watch
 from cluster.ray_nodes import is_gone, living_nodes
 from cluster.ray_rank import RankActor
 from cluster.signals import StopSignals
@@ -56,6 +57,7 @@ class Gang:
     ) -> None:
         self.spec, self.log_dir, self.signals, self.on_output = spec, log_dir, signals, on_output
         self.use_gpu, self.leave, self.avoid = use_gpu, leave, avoid
+        self.watch = new_watch(spec, log_dir)
         self.lost: list[RankFailure] = []
         self.workers: list[_Worker] = []  # by rank once `begin` has ordered them
         self._group: Any = None
@@ -136,7 +138,13 @@ class Gang:
             where = "" if worker.kept_log else str(log)
             begins.append(
                 worker.actor.begin.remote(
-                    entry, payload_text, context.to_json(), self.spec.threads_per_worker, where, generation > 0
+                    entry,
+                    payload_text,
+                    context.to_json(),
+                    self.spec.threads_per_worker,
+                    where,
+                    generation > 0,
+                    self.watch,
                 )
             )
         paths = self._get(begins, "the start of the entry", ranked=True)
@@ -259,7 +267,9 @@ class Gang:
             output += f"\nthe node {worker.place['address']} may hold more of it in {worker.place.get('log')}"
         now = time.time()
         node = worker.place.get("node_id", "")
-        if node and is_gone(node):
+        if hang := hang_of(self.watch, rank):
+            self._note(rank, "hang", f"{hang}{output}", now)
+        elif node and is_gone(node):
             self._note(rank, "node", f"its node {worker.place['address']} is gone: {_short(error)}{output}", now)
         else:
             self._note(rank, "killed", f"its worker is gone: {_short(error)}{output}", now)

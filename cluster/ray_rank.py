@@ -13,6 +13,7 @@ from cluster.context import RankContext
 from cluster.entry import prepare_environment, run_entry, thread_count
 from cluster.flag import StopFlag
 from cluster.logs import LogTail, redirect_output
+from cluster.monitor import start_monitor, stop_monitor
 from cluster.ports import PortHold, interface_of
 
 
@@ -42,10 +43,20 @@ class RankActor:
         self._port = PortHold(host)
         return self._port.address
 
-    def begin(self, entry: str, payload_text: str, context_text: str, threads: int, log_file: str, append: bool) -> str:
+    def begin(
+        self,
+        entry: str,
+        payload_text: str,
+        context_text: str,
+        threads: int,
+        log_file: str,
+        append: bool,
+        watch: dict | None = None,
+    ) -> str:
         """Starts the entry as the rank in context_text, whose interface "auto" means that of this node's address.
 
-        log_file "" keeps the output in a file of this node, from where `poll` hands it over. Returns the log's path.
+        log_file "" keeps the output in a file of this node, from where `poll` hands it over. watch: for the monitor,
+        from `monitor.new_watch`. Returns the log's path.
         """
         import ray
 
@@ -66,7 +77,7 @@ class RankActor:
         if self._port:
             self._port.hand_over()
         self._thread = threading.Thread(
-            target=self._run, args=(entry, payload_text, context), name=f"rank-{context.rank}", daemon=True
+            target=self._run, args=(entry, payload_text, context, watch), name=f"rank-{context.rank}", daemon=True
         )
         self._thread.start()
         return path
@@ -90,8 +101,10 @@ class RankActor:
             file.seek(0)
             return file.read().decode("utf-8", errors="replace")
 
-    def _run(self, entry: str, payload_text: str, context: RankContext) -> None:
+    def _run(self, entry: str, payload_text: str, context: RankContext, watch: dict | None) -> None:
+        monitor = start_monitor(watch, context)
         report = run_entry(entry, payload_text, context)
+        stop_monitor(monitor)
         if not report["ok"]:
             print(report["error"], file=sys.stderr)
         sys.stdout.flush()

@@ -9,13 +9,7 @@ import time
 from pathlib import Path
 
 from cluster.causes import Place
-
-_WIDTH = 80  # bytes; fixed, so that one write replaces the whole line
-
-
-def section_file(folder: Path, rank: int) -> Path:
-    """The file of one rank in the run's folder of logs."""
-    return folder / f"rank-{rank}.at"
+from cluster.places import parse_line, place_line, section_file
 
 
 class Sections:
@@ -32,9 +26,8 @@ class Sections:
 
     def mark(self, section: str, step: int | None = None) -> None:
         """Notes that a section begins. step: 1-based, None before the first. A full disk does not matter here."""
-        line = f"{self.generation} {section} {step or 0} {time.time():.6f}".ljust(_WIDTH - 1) + "\n"
         try:
-            os.pwrite(self._fd, line.encode(), 0)
+            os.pwrite(self._fd, place_line(self.generation, section, step, time.time()), 0)
         except OSError:
             return
 
@@ -56,7 +49,6 @@ def read_place(folder: Path, generation: int, rank: int | None = None) -> Place:
 
 def _read(file: Path, generation: int) -> Place | None:
     try:
-        told, section, step, at = file.read_text().split()
-        return Place(section, int(step) or None, float(at)) if int(told) == generation else None
-    except (OSError, ValueError):  # not there yet, or torn by a crash of the machine
+        return parse_line(file.read_text(), generation)
+    except (OSError, ValueError):  # not there yet, or no text after a crash of the machine
         return None

@@ -5,6 +5,9 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
+
+from cluster.places import place_line, section_file
 
 
 def echo(context, payload):
@@ -120,3 +123,14 @@ def note_pid(context, payload):
     if "pids" in payload:
         with open(os.path.join(payload["pids"], f"pid-{context.rank}"), "w") as file:
             file.write(str(os.getpid()))
+
+
+def stay(context, payload):
+    """Rank 1 stays in one section for ever; the others go on, and end when asked to."""
+    file = section_file(Path(payload["folder"]), context.rank)
+    file.write_bytes(place_line(0, "data", 3, time.time()))
+    while context.rank == 1 or not context.stop.is_set():
+        if context.rank != 1:
+            file.write_bytes(place_line(0, "data", 3, time.time()))
+        time.sleep(0.05)
+    return {"status": "stopped"}

@@ -90,6 +90,13 @@ def test_a_killed_rank_is_the_cause_and_its_last_words_are_kept(ray_cluster, tmp
     assert not any(is_alive(pid) for pid in pids(tmp_path / "pids"))
 
 
+def test_a_rank_that_hangs_is_killed_by_its_monitor_and_named(ray_cluster, tmp_path):
+    run = Driver(ray_cluster, "stay", {"folder": str(tmp_path)}, tmp_path, limit_step_s=1.0).finish()
+    assert run.code == 1 and run.kinds == [[1, "hang"]]
+    assert "hangs in section data, step 3" in run.error
+    assert "in stay" in (tmp_path / "rank-1.stacks").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_gracefully(ray_cluster, tmp_path, number):
     (tmp_path / "pids").mkdir()
