@@ -47,7 +47,7 @@ def test_values_and_gradients_equal_the_dense_computation(shared):
     ours = torch.autograd.grad((out * probe).sum(), inputs)
     theirs = torch.autograd.grad((expected * probe).sum(), inputs)
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient():
