@@ -151,17 +151,21 @@ def test_two_processes_share_a_cache(folder: Path, server: Server, tmp_path: Pat
 def test_a_killed_process_blocks_the_other_no_longer_than_its_claim_holds(
     folder: Path, server: Server, tmp_path: Path
 ) -> None:
-    held = read_manifest(folder).train.shards[1].file
+    shard = read_manifest(folder).train.shards[1]
+    held = shard.file
     server.held = {held}
     first = job(server, tmp_path / "cache", 1.0)
     deadline = time.monotonic() + 30
-    while not (claims := [path for path in tmp_path.glob("cache/*/*.claim") if path.stem == held]):
+
+    def reserves(claim: Path) -> bool:
+        return claim.stem == held and claim.stat().st_size == shard.n_bytes
+
+    while not (claims := [path for path in tmp_path.glob("cache/*/*.claim") if reserves(path)]):
         assert first.poll() is None, first.communicate()[0]
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "no claim reserves the shard's bytes"
         time.sleep(0.005)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert claims[0].stat().st_size == read_manifest(folder).train.shards[1].n_bytes, "the claim reserves the shard"
     left = claims[0].with_name(f"{held}.1-dead.tmp")
     left.write_bytes(b"what it had written")
     server.release.set()
