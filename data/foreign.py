@@ -21,6 +21,7 @@ from data.batches import Batches
 from data.config import DataConfig
 from data.errors import DataError
 from data.ledger import format_hash, hash_sequences, ledger_line
+from data.members import check_members
 from data.stream import MicroBatch, check_sizes
 from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -62,6 +63,7 @@ class ForeignStream:
         self._seq_len, self._dp_rank, self._dp_size = config.seq_len, dp_rank, dp_size
         self._micro_batch_size = micro_batch_size
         self._batches = Batches.constant(global_batch_size)
+        self._checked: set[str] = set()
         self._texts = self._read_texts()
         self._tokens = np.array([self.tokenizer.eod_id], np.int64)
         self._next_step: int | None = None
@@ -156,14 +158,18 @@ class ForeignStream:
         number = 0
         while True:
             before = number
-            for sample in webdataset.WebDataset(self._files, shardshuffle=False, nodesplitter=lambda urls: urls):
-                text = _text_of(sample)
-                if text is None:
-                    self.n_left_out += 1
-                    continue
-                number += 1
-                if number % self._dp_size == self._dp_rank:
-                    yield text
+            for file in self._files:
+                if file not in self._checked:
+                    check_members(file)
+                    self._checked.add(file)
+                for sample in webdataset.WebDataset([file], shardshuffle=False, nodesplitter=lambda urls: urls):
+                    text = _text_of(sample)
+                    if text is None:
+                        self.n_left_out += 1
+                        continue
+                    number += 1
+                    if number % self._dp_size == self._dp_rank:
+                        yield text
             if number == before:
                 raise DataError(f"{self._files[0]} and on: no sample has a member txt, or json with a field text")
 

@@ -19,6 +19,7 @@ from data.storage import Storage, StorageError
 _FETCHERS = 4
 _STALE_S = 20.0  # a claim that was not renewed for so long belongs to a process that died
 _KEPT_S = 60.0  # a shard used so recently is not removed to make room
+_WATCHED_LIMIT = 4096
 
 
 def place_file(path: Path, content: bytes) -> None:
@@ -81,6 +82,7 @@ class CachedReader:
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="trimtab-fetch")
         self._touched: dict[int, float] = {}
+        self._watch = _ClaimWatch()
 
     def read(self, shard: int, offset: int, nbytes: int) -> bytes:
         """Bytes [offset, offset + nbytes) of a shard.
@@ -160,7 +162,7 @@ class CachedReader:
     def _wait_for(self, path: Path, claim: Path, deadline: float) -> None:
         """Waits while another process fetches a file; removes its claim if it has died."""
         while not path.exists():
-            if not claim.exists() or _cleared(claim):
+            if not claim.exists() or self._watch.cleared(claim):
                 return  # it gave up, or has died
             if time.monotonic() > deadline:
                 raise StorageError(
@@ -174,7 +176,7 @@ class CachedReader:
         just now."""
         claimed: dict[Path, int] = {}
         for claim in self._root.glob("*/*.claim"):  # before the shards: one that arrives in between shows in both
-            if (status := _status(claim)) is not None and not _cleared(claim):
+            if (status := _status(claim)) is not None and not self._watch.cleared(claim):
                 claimed[claim.with_suffix("")] = status.st_size
         shards = []
         for path in self._root.glob("*/*.tar"):
@@ -182,8 +184,10 @@ class CachedReader:
                 shards.append((status.st_mtime, status.st_size, path))
         total = sum(claimed.values()) + sum(size for _, size, _ in shards)
         for used, size, path in sorted(shards, key=lambda entry: entry[:2]):
-            if total <= self._cap or time.time() - used < _KEPT_S:
+            if total <= self._cap:
                 break
+            if abs(time.time() - used) < _KEPT_S:  # a use that lies ahead is from before the clock was set back
+                continue
             path.unlink(missing_ok=True)
             total -= size
         return total <= self._cap
@@ -220,16 +224,41 @@ def _token(claim: Path) -> str:
         return ""
 
 
-def _cleared(claim: Path) -> bool:
-    """Removes a claim that nobody renews, and what its process has left of the shard; False where it is alive."""
-    token, status = _token(claim), _status(claim)
-    if status is None or time.time() - status.st_mtime <= _STALE_S:
-        return False
-    if _token(claim) == token:  # not a new one that another process has made in between
-        for left in claim.parent.glob(f"{claim.stem}.*.tmp"):
-            left.unlink(missing_ok=True)
-        claim.unlink(missing_ok=True)
-    return True
+class _ClaimWatch:
+    """Tells claims that nobody renews any more, whatever the wall clock does. Thread-safe.
+
+    A claim's time of renewal is the file system's. It is old when it lies well behind this machine's clock, or when it
+    has not moved while this process watched: where the clock was set back, a dead claim lies ahead of it for long. A
+    clock that was set forward makes a living claim look old once: then two processes fetch one shard, both the same.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[str, int, float]] = {}  # token, time of renewal, since when (monotonic)
+        self._lock = threading.Lock()
+
+    def cleared(self, claim: Path) -> bool:
+        """Removes a claim that nobody renews, and what its process has left of the shard; False where it is alive."""
+        token, status = _token(claim), _status(claim)
+        if status is None:
+            return False
+        if time.time() - status.st_mtime <= _STALE_S and not self._stands_still(claim, token, status.st_mtime_ns):
+            return False
+        if _token(claim) == token:  # not a new one that another process has made in between
+            for left in claim.parent.glob(f"{claim.stem}.*.tmp"):
+                left.unlink(missing_ok=True)
+            claim.unlink(missing_ok=True)
+        return True
+
+    def _stands_still(self, claim: Path, token: str, renewed_at: int) -> bool:
+        now = time.monotonic()
+        with self._lock:
+            seen = self._seen.get(claim)
+            if seen is None or seen[:2] != (token, renewed_at):
+                if len(self._seen) >= _WATCHED_LIMIT:
+                    self._seen.clear()
+                self._seen[claim] = (token, renewed_at, now)
+                return False
+            return now - seen[2] > _STALE_S
 
 
 def _renew(claim: Path, token: str, done: threading.Event) -> None:

@@ -10,11 +10,12 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Member:
-    """One tar member: its name, where its payload starts, and the payload's size."""
+    """One tar member: its name, where its payload starts, the payload's size, and the type byte of its header."""
 
     name: str
     offset: int
     size: int
+    kind: bytes = b"0"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def parse_header(block: bytes) -> Member | str:
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:262] == b"ustar" else b""
     full = prefix + b"/" + name if prefix else name
-    return Member(full.decode("utf-8", errors="replace"), 0, size)
+    return Member(full.decode("utf-8", errors="replace"), 0, size, block[156:157])
 
 
 def walk(read: Callable[[int, int], bytes], file_bytes: int) -> Iterator[Member | Break]:
@@ -67,7 +68,7 @@ def walk(read: Callable[[int, int], bytes], file_bytes: int) -> Iterator[Member 
         if at + BLOCK + member.size > file_bytes:
             yield Break(at, f"the file ends inside the member {member.name}")
             return
-        yield Member(member.name, at + BLOCK, member.size)
+        yield Member(member.name, at + BLOCK, member.size, member.kind)
         at += BLOCK + member.size + -member.size % BLOCK
 
 

@@ -14,6 +14,7 @@ from data.crc32c import crc32c
 from data.errors import DataError
 from data.index import map_records, read_header
 from data.manifest import DOCUMENTS, MANIFEST, MIXTURE, TOKENIZER, Manifest, ShardInfo, read_documents
+from data.members import REGULAR, leads_out, member_problem
 from data.places import AddressPlace, FolderPlace, Place, scratch_folder
 from data.shards import TEXT_SUFFIX, TOKENS_SUFFIX, ShardReader
 from data.storage import MissingError, StorageError, is_remote, local_path
@@ -217,18 +218,17 @@ def _surprises(members: list[Member], expected: list[tuple[str, str]], held_out:
     suffixes = (TOKENS_SUFFIX, TEXT_SUFFIX) if held_out else (TOKENS_SUFFIX,)
     wanted = {key + suffix for key, _ in expected for suffix in suffixes}
     counts = Counter(member.name for member in members)
+    for member in members:
+        if member.kind not in REGULAR:
+            yield member_problem(member.name, member.kind) or f"holds the folder {member.name!r}"
     for name, count in counts.items():
         if count > 1:
             yield f"holds the member {name} {count} times"
         if name not in wanted and "?" + TOKENS_SUFFIX not in wanted:
-            unsafe = " (its name leads out of the folder, never extract it)" if _leads_out(name) else ""
+            unsafe = " (its name leads out of the folder, never extract it)" if leads_out(name) else ""
             yield f"holds a member {name!r} that was not packed{unsafe}"
     if not members and expected:
         yield "holds no sample that a tar reader can see"
-
-
-def _leads_out(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/")
 
 
 def _lost_by_record(

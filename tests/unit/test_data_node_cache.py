@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from data import node_cache
 from data.dataset import open_dataset
 from data.manifest import read_manifest
 from data.mirror import Remote
@@ -210,3 +211,42 @@ def test_a_dead_claim_does_not_keep_its_room(folder: Path, server: Server, tmp_p
         os.utime(claim, (time.time() - 60, time.time() - 60))
         dataset.train.read(0, 0)
         assert (cache / infos[0].file).exists() and not claim.exists()
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 0.0, 3600.0])
+def test_a_dead_claim_ends_and_a_living_one_is_honoured_when_the_clock_jumps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    """The clock of this machine jumps; the times of files are as they were set before."""
+    now = [1000.0]
+    monkeypatch.setattr("data.node_cache.time.monotonic", lambda: now[0])
+    began = time.time()
+    monkeypatch.setattr("data.node_cache.time.time", lambda: began + jump_s + now[0] - 1000.0)
+    claim, watch = tmp_path / "s.tar.claim", node_cache._ClaimWatch()
+    (tmp_path / "s.tar.1-a.tmp").write_text("half")
+    assert node_cache._claim(claim, 100)
+    os.utime(claim, (began, began))
+    if jump_s > 0:  # it looks old: the other one fetches the shard too, which costs no more than a transfer
+        assert watch.cleared(claim)
+        return
+    for _ in range(5):  # renewed as `_renew` does, by the file system's clock
+        assert not watch.cleared(claim)
+        now[0] += node_cache._STALE_S / 4
+        os.utime(claim, (began + now[0] - 1000.0,) * 2)
+    assert not watch.cleared(claim)
+    now[0] += 1.1 * node_cache._STALE_S
+    assert watch.cleared(claim) and list(tmp_path.iterdir()) == []
+
+
+def test_room_is_made_although_all_uses_lie_ahead(tmp_path: Path) -> None:
+    """After the clock was set back by an hour, what was used before that is not held for used just now."""
+    (tmp_path / "d").mkdir()
+    for number in range(4):
+        shard = tmp_path / "d" / f"{number}.tar"
+        shard.write_bytes(b"x" * 100)
+        os.utime(shard, (time.time() + 3600 + number,) * 2)
+    (tmp_path / "d" / "4.tar").write_bytes(b"x" * 100)  # used just now, by the new clock
+    reader = node_cache.CachedReader(None, tmp_path / "d", tmp_path, [], 250)
+    assert reader._make_room()
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["3.tar", "4.tar"]
+    reader.close()
