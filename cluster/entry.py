@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, MutableMapping
 
 from cluster.context import EXIT_FAILED, RankContext
+from cluster.redact import redact
 
 Entry = Callable[[RankContext, dict], dict]
 
@@ -117,7 +118,7 @@ def loopback_interface() -> str:
 
 
 def _failed(kind: str, text: str, exit_code: int) -> dict:
-    return {"ok": False, "kind": kind, "error": text, "exit_code": exit_code, "at": time.time()}
+    return {"ok": False, "kind": kind, "error": redact(text), "exit_code": exit_code, "at": time.time()}
 
 
 def _first_unfit(value: object, path: str) -> str:

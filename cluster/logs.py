@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
+from cluster.redact import guard_output, redact
+
 CHUNK_BYTES = 1 << 20
 
 
@@ -50,11 +52,14 @@ def last_lines(path: Path, count: int = 20) -> str:
             text = file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-    return "\n".join(text.splitlines()[-count:])
+    return redact("\n".join(text.splitlines()[-count:]))
 
 
 def redirect_output(path: Path | str, append: bool) -> None:
-    """Sends everything that this process prints to a file, crash reports and libraries' messages included."""
+    """Sends everything that this process prints to a file, crash reports and libraries' messages included.
+
+    What Python code prints goes there without secrets.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if append else os.O_TRUNC), 0o644)
@@ -64,6 +69,7 @@ def redirect_output(path: Path | str, append: bool) -> None:
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     faulthandler.enable(file=sys.stderr)
+    guard_output()
 
 
 class KeptOutput:

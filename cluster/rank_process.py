@@ -15,6 +15,7 @@ from cluster.context import RankContext
 from cluster.entry import run_entry
 from cluster.monitor import start_monitor, stop_monitor
 from cluster.process import die_with_parent, kill_own_group, watch_pipe
+from cluster.redact import guard_output
 
 
 def started_file(control: Path, rank: int) -> Path:
@@ -32,6 +33,7 @@ def main(spec_path: str) -> int:
     spec = json.loads(Path(spec_path).read_text())
     die_with_parent(spec["parent_pid"])
     faulthandler.enable()
+    guard_output()
     sys.path[:] = spec["sys_path"]
     context = RankContext.from_json(spec["context"])
     watch_pipe(0, lambda line: context.stop.set() if line == "stop" else None, kill_own_group)

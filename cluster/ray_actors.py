@@ -15,6 +15,7 @@ from cluster.entry import encode
 from cluster.flag import StopFlag
 from cluster.local import print_line
 from cluster.outcome import conclude, refused
+from cluster.ray_access import cluster_problem
 from cluster.ray_gang import Gang, GangError
 from cluster.signals import StopSignals
 from cluster.staging import ROOMS, stage
@@ -66,6 +67,7 @@ def run(
     folders: Sequence[str] = ROOMS,
     pool: "RayPool | None" = None,
     leave: Callable[[], str] = lambda: "",
+    insecure: bool = False,
 ) -> LaunchResult:
     """Runs the entry in spec.workers Ray actors of the cluster that RAY_ADDRESS (or this machine's Ray) names.
 
@@ -80,12 +82,13 @@ def run(
             job (whose working_dir they get anyway).
         pool: of a run that may be launched again: holds the connection, and the nodes to avoid.
         leave: asked now and then; any text makes the ranks stop as a signal would.
+        insecure: also on a cluster that asks nobody for a token (without a pool; a pool's connection knows).
     """
     text = encode(payload, "the payload")
     log_dir = Path(log_dir).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
     with StopSignals(stop) as signals:
-        connection = pool.connection if pool else Connection(code, folders)
+        connection = pool.connection if pool else Connection(code, folders, insecure)
         try:
             connection.open(spec.start_timeout_s)
             signals.install()  # ray.init takes SIGTERM for itself
@@ -115,11 +118,11 @@ class Connection:
     """This process as a driver of the cluster, unless it is one already.
 
     Args:
-        code, folders: see `run`.
+        code, folders, insecure: see `run`.
     """
 
-    def __init__(self, code: Path | None, folders: Sequence[str]) -> None:
-        self._code, self._folders = code, folders
+    def __init__(self, code: Path | None, folders: Sequence[str], insecure: bool = False) -> None:
+        self._code, self._folders, self._insecure = code, folders, insecure
         self._opened = False
         self._staged: Path | None = None
 
@@ -138,8 +141,16 @@ class Connection:
             runtime_env["working_dir"] = str(self._staged)
         where = os.environ.get("RAY_ADDRESS", "this machine")
         try:
-            _check_reachable(where, min(timeout_s, REACH_S))
+            known = _check_reachable(where, min(timeout_s, REACH_S))
+            if known:  # before anything is sent there
+                self._check_access(where)
             ray.init(address="auto", log_to_driver=False, logging_level="WARNING", runtime_env=runtime_env or None)
+            self._opened = True
+            if not known:
+                self._check_access(ray.get_runtime_context().gcs_address)
+        except _OpenClusterError as error:
+            self.close()
+            raise ConnectionError(str(error)) from None
         except OSError as error:
             if "authentication token" in f"{error.__cause__}".lower():
                 raise ConnectionError(
@@ -150,7 +161,10 @@ class Connection:
                 f"no Ray cluster answers at {where} ({error}); start one with `ray start --head`, set RAY_ADDRESS, "
                 f"or use another launcher"
             ) from error
-        self._opened = True
+
+    def _check_access(self, address: str) -> None:
+        if not self._insecure and (problem := cluster_problem(address)):
+            raise _OpenClusterError(problem)
 
     def close(self) -> None:
         """Disconnects, where `open` has connected."""
@@ -163,11 +177,17 @@ class Connection:
             shutil.rmtree(self._staged, ignore_errors=True)
 
 
-def _check_reachable(address: str, timeout_s: float) -> None:
-    # ray.init itself tries a wrong address for a minute.
+class _OpenClusterError(Exception):
+    """The cluster takes work from anybody."""
+
+
+def _check_reachable(address: str, timeout_s: float) -> bool:
+    """Whether the address is host:port. Raises: OSError, nothing answers there; ray.init itself would try a minute."""
     host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    if not host or not port.isdigit():
+        return False
+    socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    return True
 
 
 def places(node: Mapping[str, float], spec: ClusterConfig, use_gpu: bool) -> int:

@@ -20,7 +20,7 @@ class RayPool:
     Args:
         spec: the size that was asked for.
         legal: the largest number of workers, at most this, that the configuration can run on; None: there is none.
-        code, folders: see `ray_actors.run`.
+        code, folders, insecure: see `ray_actors.run`.
     """
 
     def __init__(
@@ -29,9 +29,10 @@ class RayPool:
         legal: Callable[[int], int | None],
         code: Path | None = None,
         folders: Sequence[str] = ROOMS,
+        insecure: bool = False,
     ) -> None:
         self.spec, self.legal = spec, legal
-        self.connection = Connection(code, folders)
+        self.connection = Connection(code, folders, insecure)
         self.in_use: set[str] = set()  # ids of the nodes of the present generation
         self._suspects: set[str] = set()  # nodes that lost a rank: they may be gone
         self._failures: Counter[str] = Counter()

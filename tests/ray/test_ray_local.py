@@ -15,6 +15,8 @@ import pytest
 
 from cluster import ray_local
 from cluster.process import descendants, is_alive
+from cluster.ray_access import cluster_problem, dashboard_problems
+from cluster.ray_actors import Connection
 from cluster.ray_local import RayStartError, start_local
 
 pytestmark = pytest.mark.ray
@@ -62,6 +64,19 @@ def test_only_the_token_opens_the_dashboard(ray_cluster):
         assert status(ray_cluster.address + path) == 401
         assert status(ray_cluster.address + path, "f" * 64) == 403
     assert status(ray_cluster.address + "/api/jobs/", ray_cluster.token) == 200
+
+
+def test_a_cluster_that_asks_nobody_for_a_token_is_refused(ray_cluster, monkeypatch):
+    assert cluster_problem(ray_cluster.gcs_address) == ""
+    assert dashboard_problems(ray_cluster.address) == []
+    settings = ray_local.ray_environment
+    monkeypatch.setattr(ray_local, "ray_environment", lambda path: {**settings(path), "RAY_AUTH_MODE": "disabled"})
+    with start_local(1) as cluster:
+        [problem] = dashboard_problems(cluster.address)
+        assert "takes jobs without a token (status 200)" in problem
+        monkeypatch.setenv("RAY_ADDRESS", cluster.gcs_address)
+        with pytest.raises(ConnectionError, match=r"asks nobody for a token.*--insecure"):
+            Connection(None, ()).open(10.0)
 
 
 def test_the_token_is_readable_by_its_user_only(ray_cluster):

@@ -55,6 +55,12 @@ def test_an_exception_is_reported_from_the_entry_on():
     assert "in run_entry" not in report["error"]
 
 
+def test_a_report_holds_no_secret(monkeypatch):
+    monkeypatch.setenv("STORE_PASSWORD", "no_such_module_here")  # as the error will say it
+    report = run_entry("no_such_module_here:main", "{}", context())
+    assert "***STORE_PASSWORD***" in report["error"] and "no_such_module_here" not in report["error"]
+
+
 def test_sys_exit_is_reported_with_its_status():
     report = run_entry(f"{ENTRIES}:leave", '{"status": 2}', context())
     assert (report["kind"], report["exit_code"]) == ("exited", 2)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,9 @@ def test_kuberay_manifest():
     pods = [cluster["headGroupSpec"], workers]
     patience = min(pod["template"]["spec"]["terminationGracePeriodSeconds"] for pod in pods)
     assert config.cluster.stop_grace_s < grace < patience
+    leaving = workers["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    seconds = float(leaving.split("--seconds ")[1].split()[0])
+    assert "python -m cluster.drain" in leaving and config.cluster.stop_grace_s < seconds < patience
     head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert f"ray job stop {spec['jobId']}" in head["lifecycle"]["preStop"]["exec"]["command"][-1]
 
@@ -185,3 +189,48 @@ def test_a_signal_to_the_script_saves_and_ends_with_75(stubs, tmp_path, script, 
     assert process.returncode == 75, errors
     assert output == "saved\n"
     assert stubs.called("scontrol") == (["requeue", "7"] if requeued else None)
+
+
+NODE = """#!{python}
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("ray ends", flush=True), sys.exit(0)))
+print("works", flush=True)
+time.sleep(20)
+"""
+
+
+def test_a_worker_that_is_ended_gives_notice_first(stubs, tmp_path):
+    stubs("ray_cluster.sh", "token")
+    ray = tmp_path / "bin" / "ray"
+    ray.write_text(NODE.format(python=sys.executable))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = server.getsockname()[1]
+    process = subprocess.Popen(
+        ["bash", str(JOBS / "ray_cluster.sh"), "worker", "127.0.0.1"],
+        cwd=tmp_path,
+        env={**os.environ, "TRIMTAB_BIN": str(tmp_path / "bin"), "HOME": str(tmp_path), "RAY_HEAD_PORT": str(nobody)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "works\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=20)
+    assert output == "ray ends\n" and process.returncode == 0
+    assert "up to 90 s to save" in errors
+    assert f"cluster.drain: the cluster at 127.0.0.1:{nobody} was not told" in errors
+
+
+def test_every_script_gives_time_to_save():
+    texts = {path.name: path.read_text() for path in JOBS.iterdir()}
+    for name, text in texts.items():
+        assert "TRIMTAB_STOP_GRACE_S" in text or "terminationGracePeriodSeconds" in text, name
+    [warning] = [int(line.split("@")[1]) for line in texts["slurm_mpirun.sbatch"].splitlines() if "--signal=B:" in line]
+    [grace] = [
+        int(line.split("=")[1])
+        for line in texts["slurm_mpirun.sbatch"].splitlines()
+        if line.startswith("export TRIMTAB")
+    ]
+    assert 60 <= grace < warning
