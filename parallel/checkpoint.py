@@ -6,7 +6,8 @@ A checkpoint is a folder `step-00000100` with
     manifest.json                every file with size and checksum, every tensor with shape and the runs that make it up
     COMMIT                       the manifest's checksum; written last, and without it the folder is not a checkpoint
 
-Everything is written under a temporary name, flushed, acknowledged by all ranks, then renamed. No pickle anywhere.
+Everything is written under a temporary name, flushed, acknowledged by all ranks, then renamed; at an address, where
+nothing can be renamed, it is written in place, COMMIT last (parallel/roots.py). No pickle anywhere.
 """
 
 import hashlib
@@ -15,7 +16,6 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +25,14 @@ from model.naming import pieces
 from model.slots import local_experts
 from parallel.communicator import Communicator
 from parallel.engine import Engine, StateShard
-from parallel.safetensors_file import SafetensorsReader, sha256
+from parallel.roots import Root, committed, step_folder, step_of
+from parallel.safetensors_file import SafetensorsReader, file_size, sha256
+
+__all__ = ["committed", "step_folder", "step_of"]  # from parallel.roots; the rest is defined here
 
 FORMAT = "trimtab-checkpoint-1"
 Experts = Mapping[str, Sequence[int]]  # numbers of the experts stacked in a parameter: model.slots.local_experts
-_STEP = re.compile(r"^step-(\d{8})$")
-_FILE = re.compile(r"^rank-\d{5}\.safetensors$")
+_FILE = re.compile(r"rank-\d{5}\.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -41,32 +43,12 @@ class CheckpointError(RuntimeError):
 class Saved:
     """What a checkpoint's manifest says, besides its tensors."""
 
-    path: Path
+    path: Root
     step: int
     manifest: dict[str, Any]
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """The folder of the checkpoint after `step` optimizer steps."""
-    return root / f"step-{step:08d}"
-
-
-def step_of(path: Path) -> int:
-    """The steps that a checkpoint's folder holds, by its name."""
-    found = _STEP.search(path.name)
-    assert found is not None, f"{path} is not the folder of a checkpoint"
-    return int(found[1])
-
-
-def committed(root: Path) -> list[Path]:
-    """Every folder under `root` that was published, oldest step first. Order is by step, never by file time."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if _STEP.search(path.name) and (path / "COMMIT").is_file()]
-    return sorted(found, key=lambda path: path.name)
-
-
-def open_checkpoint(path: Path) -> Saved:
+def open_checkpoint(path: Root) -> Saved:
     """Reads and checks a checkpoint's manifest; tensors are not touched.
 
     Raises:
@@ -82,13 +64,13 @@ def open_checkpoint(path: Path) -> Saved:
     manifest = json.loads(text)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.get('format')!r}; this version reads {FORMAT!r}")
-    odd = [name for name in manifest["files"] if not _FILE.match(name)]
+    odd = [name for name in manifest["files"] if not _FILE.fullmatch(name)]
     if odd:
         raise CheckpointError(f"{path / 'manifest.json'} names files that no rank writes: {', '.join(map(repr, odd))}")
     return Saved(path, manifest["step"], manifest)
 
 
-def open_together(path: Path, communicator: Communicator) -> Saved:
+def open_together(path: Root, communicator: Communicator) -> Saved:
     """`open_checkpoint`, collective. Raises: CheckpointError on every rank when any rank cannot read it."""
     wrong, saved = [], None
     try:
@@ -108,12 +90,16 @@ def damaged_files(saved: Saved, share: int = 0, shares: int = 1) -> list[str]:
     wrong = []
     for name, entry in sorted(saved.manifest["files"].items())[share::shares]:
         path = saved.path / name
-        if not path.is_file():
-            wrong.append(f"{path} is missing")
-        elif path.stat().st_size != entry["size"]:
-            wrong.append(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['size']}")
-        elif sha256(path) != entry["sha256"]:
-            wrong.append(f"{path} does not match its checksum: its bytes were changed")
+        try:
+            size = file_size(path)
+            if size is None:
+                wrong.append(f"{path} is missing")
+            elif size != entry["size"]:
+                wrong.append(f"{path} has {size} bytes, the manifest says {entry['size']}")
+            elif sha256(path) != entry["sha256"]:
+                wrong.append(f"{path} does not match its checksum: its bytes were changed")
+        except OSError as error:
+            wrong.append(f"{path} cannot be read: {error}")
     return wrong
 
 
@@ -212,7 +198,7 @@ def load(saved: Saved, engine: Engine, biases: dict[str, Tensor], communicator: 
     return saved.manifest
 
 
-def load_moved(path: Path, engine: Engine, move: Callable[[], None], communicator: Communicator) -> None:
+def load_moved(path: Root, engine: Engine, move: Callable[[], None], communicator: Communicator) -> None:
     """Moves experts between ranks by way of a checkpoint of the state that the engine now has; collective.
 
     Args:

@@ -29,11 +29,13 @@ class Traffic:
     seconds: from each transfer's start until what came was taken, added up; transfers that overlap count each.
     exposed_seconds: time that the rank (on a GPU: its compute stream) stood still for them.
     bytes_sent: to other ranks.
+    reduce_seconds: time in all-reduces on a CPU, where they block; never reset.
     """
 
     seconds: float = 0.0
     exposed_seconds: float = 0.0
     bytes_sent: int = 0
+    reduce_seconds: float = 0.0
     on_device: list[tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event]] = field(
         default_factory=list, repr=False
     )  # start of a transfer, start of its wait, end of its wait: not read before `reset`, since reading waits
@@ -196,6 +198,8 @@ class ProcessCommunicator:
         except RuntimeError as error:
             expected = f"all-reduce of {moved.numel()} numbers"
             raise self._failed(error, time.perf_counter() - started, expected, {}) from error
+        if not moved.is_cuda:
+            self.traffic.reduce_seconds += time.perf_counter() - started
         if moved is not tensor:
             tensor.copy_(moved)
         return tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.naming import is_expert
+from parallel.collective_waits import Waits
 from parallel.communicator import Communicator
 from parallel.config import OptimizerConfig
 from parallel.layout import Layout, slice_bounds
@@ -40,10 +41,11 @@ class StateShard:
 
 
 class Engine(Protocol):
-    """One rank's model and optimizer. Every method but `module` is collective."""
+    """One rank's model and optimizer. Every method is collective."""
 
     module: nn.Module
     optimizer_steps: int
+    waits: Waits  # in collectives that are not a communicator's
 
     def forward(self, **inputs: Any) -> Any:
         """Runs the model."""
@@ -124,6 +126,7 @@ class PlainEngine:
         self.edp = edp
         self.precision = precision
         self.optimizer_steps = 0
+        self.waits = Waits()
         self._parameters = dict(module.named_parameters())
         self._norm = 0.0
         self._adamw = torch.optim.AdamW(

@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from parallel.checkpoint import committed, step_of
-from parallel.saving import Hook, no_hook
+from parallel.remote import RemotePath
+from parallel.roots import Root, aside, committed, drafts, step_of
+from parallel.saving import Hook, no_hook, remove_drafts
 
 
 def kept_steps(steps: Iterable[int], keep: int, keep_every_steps: int = 0) -> set[int]:
@@ -21,7 +22,7 @@ def kept_steps(steps: Iterable[int], keep: int, keep_every_steps: int = 0) -> se
     return {step for step in ordered if step in newest or (keep_every_steps > 0 and step % keep_every_steps == 0)}
 
 
-def prune(root: Path, keep: int, newest: int, keep_every_steps: int = 0, hook: Hook = no_hook) -> list[Path]:
+def prune(root: Root, keep: int, newest: int, keep_every_steps: int = 0, hook: Hook = no_hook) -> list[Root]:
     """Deletes what a run needs no more, just after it saved; returns what went, oldest first.
 
     Besides what `kept_steps` gives up, these go: drafts that a dead run left, and checkpoints of later steps. The
@@ -36,7 +37,7 @@ def prune(root: Path, keep: int, newest: int, keep_every_steps: int = 0, hook: H
         OSError: something could not be deleted; what is left is a checkpoint still, or is not one any more.
     """
     hook("cleanup")
-    remove_drafts(list(root.glob(".step-*")))
+    remove_drafts(drafts(root))
     found = {step_of(path): path for path in committed(root)}
     kept = kept_steps([step for step in found if step <= newest], keep, keep_every_steps)
     gone = [path for step, path in found.items() if step not in kept]
@@ -44,31 +45,29 @@ def prune(root: Path, keep: int, newest: int, keep_every_steps: int = 0, hook: H
     return gone
 
 
-def remove(checkpoints: Iterable[Path]) -> None:
+def remove(checkpoints: Iterable[Root]) -> None:
     """Deletes committed checkpoints; raises OSError like `prune`."""
     for path in checkpoints:
         (path / "COMMIT").unlink()  # first make it not a checkpoint, then remove it: never half a published one
-        shutil.rmtree(path)
+        if isinstance(path, RemotePath):
+            path.remove_tree()
+        else:
+            shutil.rmtree(path)
 
 
-def remove_drafts(drafts: Iterable[Path]) -> None:
-    """Deletes folders that were never published; one that cannot be deleted does no harm."""
-    for draft in drafts:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def recover(root: Path) -> list[Path]:
+def recover(root: Root) -> list[Path]:
     """Puts a checkpoint back that was moved aside for a newer one of the same step which then was not published.
 
-    That takes two renames, and a crash may come between them. Returns: the checkpoints that are there again.
+    That takes two renames, and a crash may come between them. Returns: the checkpoints that are there again; none at an
+    address, where nothing is renamed.
 
     Raises:
         OSError: it cannot be renamed.
     """
     found = []
-    for aside in sorted(root.glob(".step-*.old")) if root.is_dir() else []:
-        final = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
-        if (aside / "COMMIT").is_file() and not final.exists():
-            aside.rename(final)
+    for path in aside(root) if isinstance(root, Path) else []:
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".old"))
+        if not final.exists():
+            path.rename(final)
             found.append(final)
     return found

@@ -8,13 +8,16 @@ be read without touching the rest. Format: an 8-byte little-endian header length
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from parallel.remote import RemotePath
+from parallel.roots import Root
 
 _CODES = {
     torch.float64: "F64",
@@ -25,16 +28,17 @@ _CODES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+_BLOCK, _BLOCKS_KEPT = 4 << 20, 16  # of a remote file: bytes of one, and how many a reader keeps
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def write(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], halfway: Callable[[], None] | None = None
+    path: Root, tensors: Iterable[tuple[str, Tensor]], halfway: Callable[[], None] | None = None
 ) -> dict[str, Any]:
-    """Writes tensors to a new file and flushes it to the disk.
+    """Writes tensors to a new file and flushes it to the disk; at an address, until the storage has it.
 
     Args:
-        path: the file; must not exist.
+        path: the file; must not exist in a folder.
         tensors: (key, tensor) pairs; keys must differ.
         halfway: called once, when half of the data has been handed to the operating system.
 
@@ -44,6 +48,26 @@ def write(
     Raises:
         OSError: the disk is full, the path exists, or cannot be written.
     """
+    header, data_bytes, listed = _header(path, tensors)
+    if isinstance(path, RemotePath):
+        return _write_remote(path, header, data_bytes, listed, halfway)
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        for chunk in _chunks(header, listed):
+            file.write(chunk)
+            digest.update(chunk)
+            if halfway is not None and 2 * file.tell() >= data_bytes:
+                file.flush()
+                halfway()
+                halfway = None
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _header(path: Root, tensors: Iterable[tuple[str, Tensor]]) -> tuple[bytes, int, list[tuple[str, Tensor]]]:
+    """The header, the bytes of all data, and the tensors as a list."""
     entries, offset, listed = {}, 0, list(tensors)
     for key, tensor in listed:
         if key in entries:
@@ -57,19 +81,30 @@ def write(
         offset += length
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
+    return header, offset, listed
+
+
+def _write_remote(
+    path: RemotePath,
+    header: bytes,
+    data_bytes: int,
+    listed: list[tuple[str, Tensor]],
+    halfway: Callable[[], None] | None,
+) -> dict[str, Any]:
+    digests: list[Any] = []
+    left = [halfway] if halfway is not None else []
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        digest, written = hashlib.sha256(), 0
         for chunk in _chunks(header, listed):
-            file.write(chunk)
+            yield chunk
             digest.update(chunk)
-            if halfway is not None and 2 * file.tell() >= offset:
-                file.flush()
-                halfway()
-                halfway = None
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
-    return {"size": size, "sha256": digest.hexdigest()}
+            written += len(chunk)
+            if left and 2 * written >= data_bytes:
+                left.pop()()
+        digests.append(digest)
+
+    return {"size": path.write(pieces), "sha256": digests[-1].hexdigest()}
 
 
 def _chunks(header: bytes, listed: list[tuple[str, Tensor]]) -> Iterable[bytes | memoryview]:
@@ -81,42 +116,93 @@ def _chunks(header: bytes, listed: list[tuple[str, Tensor]]) -> Iterable[bytes |
             yield flat.view(torch.uint8).numpy().data
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+def file_size(path: Root) -> int | None:
+    """Bytes of a file; None where there is none. Raises: OSError."""
+    if isinstance(path, RemotePath):
+        return path.size()
+    return path.stat().st_size if path.is_file() else None
+
+
+def sha256(path: Root) -> str:
+    """Hex digest of a file's bytes. Raises: OSError."""
+    if isinstance(path, RemotePath):
+        digest, size = hashlib.sha256(), path.size() or 0
+        for start in range(0, size, _BLOCK):
+            digest.update(path.read_range(start, min(start + _BLOCK, size)))
+        return digest.hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class _Blocks:
+    """Ranges of a remote file, read in blocks of which the last used are kept: neighbouring slices are one request."""
+
+    def __init__(self, path: RemotePath, size: int) -> None:
+        self._path, self._size = path, size
+        self._kept: dict[int, bytes] = {}
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes [start, stop), (stop - start,) uint8."""
+        parts = []
+        for number in range(start // _BLOCK, -(-stop // _BLOCK)):
+            first = number * _BLOCK
+            parts.append(self._block(number)[max(0, start - first) : stop - first])
+        return np.frombuffer(b"".join(parts), dtype=np.uint8).copy()
+
+    def _block(self, number: int) -> bytes:
+        block = self._kept.pop(number, None)
+        if block is None:
+            first = number * _BLOCK
+            block = self._path.read_range(first, min(first + _BLOCK, self._size))
+        self._kept[number] = block  # last in, last out
+        while len(self._kept) > _BLOCKS_KEPT:
+            self._kept.pop(next(iter(self._kept)))
+        return block
+
+
+class _Mapped:
+    """Ranges of a local file through a memory map."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._data = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Bytes [start, stop), (stop - start,) uint8."""
+        return np.array(self._data[start:stop], dtype=np.uint8)
+
+
 class SafetensorsReader:
-    """A memory-mapped file; nothing is read until a slice is asked for.
+    """A file that is memory-mapped, or read by ranges at an address; its data not until a slice is asked for.
 
     Raises:
-        ValueError: when the file is not a safetensors file.
+        ValueError: when the file is not a safetensors file. OSError: it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Root) -> None:
         self.path = path
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError(f"{path} is not a safetensors file: its header would be longer than the file")
-            try:
-                self.entries: dict[str, Any] = json.loads(file.read(length))
-            except ValueError as error:
-                raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
+        size = file_size(path)
+        if size is None:
+            raise FileNotFoundError(f"{path} is missing")
+        self._bytes: _Blocks | _Mapped = _Blocks(path, size) if isinstance(path, RemotePath) else _Mapped(path, size)
+        length = int.from_bytes(self._bytes.read(0, min(8, size)).tobytes(), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path} is not a safetensors file: its header would be longer than the file")
+        try:
+            self.entries: dict[str, Any] = json.loads(self._bytes.read(8, 8 + length).tobytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
         self.entries.pop("__metadata__", None)
-        self._data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length) if size > 8 + length else np.empty(0)
+        self._first = 8 + length
 
     def flat_slice(self, key: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor `key`, as a new 1-D tensor.
 
         Raises:
-            KeyError: no such tensor.
+            KeyError: no such tensor. OSError: it cannot be read.
         """
         entry = self.entries[key]
         dtype = _DTYPES[entry["dtype"]]
         width = torch.empty((), dtype=dtype).element_size()
-        first = entry["data_offsets"][0]
-        raw = np.array(self._data[first + start * width : first + stop * width], dtype=np.uint8)
+        first = self._first + entry["data_offsets"][0]
+        raw = self._bytes.read(first + start * width, first + stop * width)
         return torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)

@@ -14,16 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel import retention, saving
-from parallel.checkpoint import CheckpointError, step_folder
+from parallel.checkpoint import CheckpointError
 from parallel.communicator import Communicator
 from parallel.engine import Engine
+from parallel.roots import Root
 from parallel.saving import Hook, HostBuffer, no_hook
 
 
@@ -37,7 +37,7 @@ class Outcome:
     """
 
     step: int
-    path: Path | None
+    path: Root | None
     error: str
     removed: tuple[str, ...]
     not_removed: str
@@ -79,7 +79,7 @@ class _Save:
     """The save under way. `work` is None where this rank has nothing to do in the present stage."""
 
     step: int
-    draft: Path
+    draft: Root
     extra: Mapping[str, Any]
     hook: Hook
     started: float
@@ -91,7 +91,7 @@ class Saver:
     """Writes checkpoints of one engine in the background; every method but `done_here` and `close` is collective.
 
     Args:
-        root: the folder of checkpoints, on storage that every rank sees.
+        root: the folder or address of checkpoints, on storage that every rank sees.
         engine, biases: whose state is saved, see `saving.save`.
         communicator: all ranks.
         keep, keep_every_steps: see `retention.kept_steps`.
@@ -100,7 +100,7 @@ class Saver:
 
     def __init__(
         self,
-        root: Path,
+        root: Root,
         engine: Engine,
         biases: Mapping[str, Tensor],
         communicator: Communicator,
@@ -169,7 +169,7 @@ class Saver:
             save.work = self._publish(save, told) if self.communicator.rank == 0 else None
             self._blocked += time.perf_counter() - entered
             return None
-        error, path = "", None if errors else step_folder(self.root, save.step)
+        error, path = "", None if errors else saving.final_folder(save.draft, self.root, save.step)
         try:
             saving.raise_together(errors, save.draft, self.communicator.rank)
         except CheckpointError as failed:
@@ -223,7 +223,7 @@ class Saver:
 
     def _publish(self, save: _Save, reports: list[dict[str, Any]]) -> _Work:
         """Rank 0's part of the second stage."""
-        final = step_folder(self.root, save.step)
+        final = saving.final_folder(save.draft, self.root, save.step)
 
         def work() -> dict[str, Any]:
             try:

@@ -9,13 +9,17 @@ places where a fault would hurt most, by name and in this order:
     before_commit   rank 0, all files and the manifest written, COMMIT not
     before_rename   rank 0, COMMIT written, the draft not yet renamed
     cleanup         rank 0, the new checkpoint published, before older ones are deleted
+
+At an address nothing is renamed: the files are written where they stay, COMMIT last, and at `before_rename` the
+checkpoint is published already.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +29,11 @@ from torch import Tensor
 
 from model.naming import pieces
 from model.slots import local_experts
-from parallel.checkpoint import FORMAT, CheckpointError, Experts, step_folder
+from parallel.checkpoint import FORMAT, CheckpointError, Experts
 from parallel.communicator import Communicator
 from parallel.engine import Engine, StateShard
+from parallel.remote import RemotePath
+from parallel.roots import Root, is_address, new_name, step_folder
 from parallel.safetensors_file import write
 
 Point = Literal["before_write", "mid_write", "before_commit", "before_rename", "cleanup"]
@@ -112,11 +118,13 @@ def _logical_runs(shard: StateShard, experts: Experts) -> list[tuple[str, tuple[
 
 def draft_folder(root: Path, step: int) -> Path:
     """Where the checkpoint after `step` steps is written before it is published."""
-    return root / f".{step_folder(root, step).name}.tmp"
+    return root / f".step-{step:08d}.tmp"
 
 
-def open_draft(root: Path, step: int, n_bytes: int, communicator: Communicator) -> Path:
+def open_draft(root: Root, step: int, n_bytes: int, communicator: Communicator) -> Root:
     """Makes an empty draft folder, if the checkpoint will fit on the disk; collective.
+
+    At an address it is the name of the checkpoint itself, new to everybody; how much fits there nobody can say.
 
     Args:
         n_bytes: what this rank is going to write.
@@ -124,6 +132,8 @@ def open_draft(root: Path, step: int, n_bytes: int, communicator: Communicator) 
     Raises:
         CheckpointError: on every rank, when the folder cannot be made or any rank sees too little free space.
     """
+    if isinstance(root, RemotePath):
+        return _open_remote(root, step, communicator)
     draft = draft_folder(root, step)
     error = ""
     if communicator.rank == 0:
@@ -146,6 +156,23 @@ def open_draft(root: Path, step: int, n_bytes: int, communicator: Communicator) 
     return draft
 
 
+def _open_remote(root: RemotePath, step: int, communicator: Communicator) -> RemotePath:
+    told = {"name": "", "error": ""}
+    if communicator.rank == 0:
+        try:
+            told["name"] = new_name(root, step)
+        except OSError as wrong:
+            told["error"] = f"rank 0 could not list {root}: {wrong}"
+    first = communicator.gather(told)[0]
+    raise_together([first["error"]] if first["error"] else [], None, communicator.rank)
+    return root / first["name"]
+
+
+def final_folder(draft: Root, root: Root, step: int) -> Root:
+    """What a draft is called once it is published."""
+    return draft if is_address(draft) else step_folder(root, step)
+
+
 def free_bytes(folder: Path) -> int:
     """What this process may still write at a folder that need not be there yet; a huge number where nobody can say."""
     for place in (folder, *folder.absolute().parents):
@@ -156,7 +183,7 @@ def free_bytes(folder: Path) -> int:
     return 2**62
 
 
-def write_share(draft: Path, rank: int, share: Snapshot, hook: Hook = no_hook) -> dict[str, Any]:
+def write_share(draft: Root, rank: int, share: Snapshot, hook: Hook = no_hook) -> dict[str, Any]:
     """Writes this rank's file and flushes it to the disk; no other rank is needed, so any thread may do it.
 
     Returns:
@@ -172,15 +199,25 @@ def write_share(draft: Path, rank: int, share: Snapshot, hook: Hook = no_hook) -
     return report
 
 
-def raise_together(errors: list[str], draft: Path, rank: int) -> None:
-    """Removes the draft and raises, if there is any error; `errors` must be the same on every rank.
+def remove_drafts(drafts: Iterable[Root]) -> None:
+    """Deletes folders that were never published; one that cannot be deleted does no harm."""
+    for draft in drafts:
+        if isinstance(draft, RemotePath):
+            with suppress(OSError):
+                draft.remove_tree()
+        else:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def raise_together(errors: list[str], draft: Root | None, rank: int) -> None:
+    """Removes the draft, if any, and raises, if there is any error; `errors` must be the same on every rank.
 
     Raises:
         CheckpointError: on every rank.
     """
     if errors:
-        if rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
+        if rank == 0 and draft is not None:
+            remove_drafts([draft])
         raise CheckpointError("; ".join(errors) + "; nothing was published, earlier checkpoints are as they were")
 
 
@@ -198,13 +235,17 @@ def manifest(step: int, reports: list[dict[str, Any]], extra: Mapping[str, Any])
     return {"format": FORMAT, "step": step, **extra, "files": files, "tensors": dict(sorted(tensors.items()))}
 
 
-def publish(draft: Path, final: Path, contents: dict[str, Any], hook: Hook = no_hook) -> None:
+def publish(draft: Root, final: Root, contents: dict[str, Any], hook: Hook = no_hook) -> None:
     """Turns a complete draft into the checkpoint `final`; rank 0 alone, once every rank's file is on the disk.
 
     Raises:
         OSError: the disk refused; the draft is left, and what was published before is as it was.
     """
     text = json.dumps(contents, indent=1).encode()
+    if isinstance(draft, RemotePath):
+        _publish_remote(draft, text, contents["files"], hook)
+        return
+    assert isinstance(final, Path), f"{draft} is a folder, {final} is none"
     _write_flushed(draft / "manifest.json", text)
     _flush_folder(draft)
     hook("before_commit")
@@ -220,6 +261,20 @@ def publish(draft: Path, final: Path, contents: dict[str, Any], hook: Hook = no_
     else:
         draft.rename(final)
     _flush_folder(final.parent)
+
+
+def _publish_remote(draft: RemotePath, text: bytes, files: Mapping[str, Any], hook: Hook) -> None:
+    """COMMIT goes last: it is what makes the checkpoint one, and there is nothing to rename."""
+    (draft / "manifest.json").write_bytes(text)
+    there = draft.files()
+    missing = [name for name, entry in files.items() if there.get(name) != entry["size"]]
+    if missing:
+        raise OSError(
+            f"{draft} does not hold {', '.join(missing)} as written; see that all nodes reach the same storage there"
+        )
+    hook("before_commit")
+    (draft / "COMMIT").write_bytes(hashlib.sha256(text).hexdigest().encode())
+    hook("before_rename")
 
 
 def _write_flushed(path: Path, content: bytes) -> None:
@@ -238,14 +293,14 @@ def _flush_folder(path: Path) -> None:
 
 
 def save(
-    root: Path,
+    root: Root,
     step: int,
     engine: Engine,
     biases: Mapping[str, Tensor],
     extra: Mapping[str, Any],
     communicator: Communicator,
     hook: Hook = no_hook,
-) -> Path:
+) -> Root:
     """Writes and publishes one checkpoint while everybody waits; collective over all ranks.
 
     Args:
@@ -264,7 +319,8 @@ def save(
         CheckpointError: on every rank when any rank could not write; what was published before is untouched.
     """
     share = snapshot(engine, biases, communicator.rank)
-    draft, final = open_draft(root, step, share.n_bytes, communicator), step_folder(root, step)
+    draft = open_draft(root, step, share.n_bytes, communicator)
+    final = final_folder(draft, root, step)
     reports = communicator.gather(write_share(draft, communicator.rank, share, hook))
     raise_together([report["error"] for report in reports if report["error"]], draft, communicator.rank)
     error = ""

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.naming import is_expert
+from parallel.collective_waits import Waits, count_waits
 from parallel.config import OptimizerConfig
 from parallel.engine import KINDS, StateShard, fresh_moments, parameter_groups
 from parallel.layout import Layout, slice_bounds
@@ -176,6 +177,7 @@ class ZeroEngine:
         self.optimizer_steps = 0
         self._norm = 0.0
         self._skip = False
+        self.waits = Waits() if device.type == "cuda" else count_waits(deepspeed.comm.comm.cdb)
         spread = _mark_experts(module, layout)
         marked = _Marked(module, _marker(stage, layout, n_experts) if spread else None)
         param_groups = parameter_groups(module, config.weight_decay)
@@ -260,7 +262,10 @@ class ZeroEngine:
         else:
             for gradient in self._gradients():
                 total += gradient.double().square().sum()
-        dist.all_reduce(total)
+        if self.device.type == "cuda":
+            dist.all_reduce(total)
+        else:
+            self.waits.during(dist.all_reduce, total)
         return float(total.sqrt())
 
     def _install_norm(self) -> None:

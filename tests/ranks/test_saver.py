@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch.config import CheckpointConfig
 from launch.runfolder import RunFolder, read_records
@@ -16,8 +17,12 @@ from launch.telemetry import Telemetry
 from parallel import checkpoint, retention, saving
 from parallel.engine import PlainEngine
 from parallel.ranks import process_ranks, virtual_ranks
+from parallel.remote import RemotePath
+from parallel.roots import committed
 from parallel.saver import Outcome, Saver
 from parallel.threads import run_virtual_ranks
+from tests import object_store
+from tests.object_store import ObjectStore
 from tests.ranks import training
 from tests.ranks.spawn import run_ranks
 from tests.ranks.test_checkpoint import load, zero_engine
@@ -280,3 +285,79 @@ def test_under_zero(tmp_path: Path) -> None:
     for results in run_ranks(2, "tests.ranks.test_saver:goes_on_while_saving", payload):
         for stage, (undisturbed, again) in zip(payload["stages"], results, strict=True):
             assert again == undisturbed, f"stage {stage}"
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemotePath:
+    """An empty address without renaming."""
+    object_store.register()
+    (tmp_path / "objects").mkdir()
+    monkeypatch.setenv("OBJECT_STORE", str(tmp_path / "objects"))
+    return RemotePath("objects://bucket/run", 20.0)
+
+
+def test_an_address_holds_what_a_folder_does(tmp_path: Path, address: RemotePath) -> None:
+    def work(one: Rank) -> list[Any]:
+        outcomes = [one.save(2)]
+        one.train(range(2, 4))
+        return [*outcomes, one.save(4), one.save(4)]
+
+    here, there = on_ranks(tmp_path / "run", work, keep=1), on_ranks(address, work, keep=1)
+    assert [str(outcome.path) for outcome in there[0]] == [
+        f"{address}/{name}" for name in ("step-00000002", "step-00000004", "step-00000004.1")
+    ]
+    assert [outcome.removed for outcome in here[1]] == [(), ("step-00000002",), ()]
+    assert [outcome.removed for outcome in there[1]] == [(), ("step-00000002",), ()]
+    assert {name.partition("/")[0] for name in address.files()} == {"step-00000004.1"}
+    last = there[1][-1].path
+    assert checksums(last) == checksums(tmp_path / "run" / "step-00000004")
+    saved = checkpoint.open_checkpoint(last)
+    assert checkpoint.damaged_files(saved) == []
+
+    def resumed(world: Any, rank: int) -> dict:
+        ranks = virtual_ranks(world, 1, rank)
+        model = training.build(ranks, recompute=False)
+        engine = PlainEngine(model, training.OPTIMIZER, ranks.layout, ranks.dp, ranks.edp)
+        checkpoint.load(saved, engine, training.routers(model), ranks.dp)
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    [state] = run_virtual_ranks(1, resumed)  # another layout: one rank with all experts
+    reader = checkpoint.CheckpointReader(checkpoint.open_checkpoint(tmp_path / "run" / "step-00000004"))
+    name = next(name for name in saved.manifest["tensors"] if name in state)
+    assert torch.equal(state[name].view(-1), reader.read(name, "weight", 0, state[name].numel()))
+
+    for file, entry in saved.manifest["files"].items():
+        path = ObjectStore.file(f"bucket/run/{last.name}/{file}")
+        content = bytearray(path.read_bytes())
+        content[entry["size"] // 2] ^= 1
+        path.write_bytes(bytes(content))
+    assert all("does not match its checksum" in line for line in checkpoint.damaged_files(saved))
+
+
+def test_an_address_that_a_rank_cannot_write_to_or_that_is_another_for_it(
+    address: RemotePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(operation: str, name: str) -> None:
+        if operation == "open" and name.endswith("rank-00001.safetensors"):
+            raise PermissionError("not your bucket")
+
+    def lose(operation: str, name: str) -> None:
+        if operation == "open" and name.endswith("manifest.json"):
+            ObjectStore.file(name.replace("manifest.json", "rank-00001.safetensors")).unlink()
+
+    def work(one: Rank) -> list[Outcome]:
+        outcomes = [one.save(2)]
+        for step, before in ((4, refuse), (6, lose)):
+            one.ranks.dp.barrier()
+            monkeypatch.setattr(ObjectStore, "before", staticmethod(before))
+            outcomes.append(one.save(step))
+        return outcomes
+
+    told = on_ranks(address, work)
+    errors = [[outcome.error for outcome in one] for one in told]
+    assert errors[0] == errors[1]
+    first, refused, lost = told[0]
+    assert first.error == "" and "rank 1 could not write" in refused.error and "not your bucket" in refused.error
+    assert "does not hold rank-00001.safetensors as written" in lost.error
+    assert [path.name for path in committed(address)] == ["step-00000002"]
+    assert {name.partition("/")[0] for name in address.files()} == {"step-00000002"}, "nothing is left of the others"

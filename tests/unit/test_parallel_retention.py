@@ -1,10 +1,12 @@
 """Which checkpoints stay."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from parallel.retention import kept_steps, prune, recover
+from parallel.roots import committed, newest_step, readable
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,16 @@ def test_only_what_was_published_and_is_missing_is_put_back(tmp_path: Path) -> N
     (tmp_path / ".step-00000030.old").mkdir()
     assert [path.name for path in recover(tmp_path)] == ["step-00000010"]
     assert recover(tmp_path / "nothing here") == []
+
+
+def test_the_times_of_files_do_not_matter(tmp_path: Path) -> None:
+    """As after a clock that was set back: the newest steps have the oldest files."""
+    steps = (10, 20, 30, 40)
+    make(tmp_path, *(f"step-{step:08d}" for step in steps))
+    for step in steps:
+        for path in (tmp_path / f"step-{step:08d}" / "COMMIT", tmp_path / f"step-{step:08d}"):
+            os.utime(path, (2e9 - 3600 * step,) * 2)
+    assert [path.name for path in committed(tmp_path)] == [f"step-{step:08d}" for step in steps]
+    assert newest_step(tmp_path) == 40 and readable(tmp_path) == committed(tmp_path)
+    prune(tmp_path, 2, 40)
+    assert [path.name for path in committed(tmp_path)] == ["step-00000030", "step-00000040"]
