@@ -26,7 +26,7 @@ class MappedIndex:
         self._headers = [read_header(path) for path in self._paths]
         self._records: dict[int, np.ndarray] = {}
         self.shard_documents = np.array([header.n_records for header in self._headers], np.int64)
-        self.shard_tokens = np.load(folder / "tokens.npy")
+        self.shard_tokens = np.load(folder / "tokens.npy", allow_pickle=False)
 
     def document_tokens(self, shard: int) -> np.ndarray:
         """Tokens of each document of a shard, (n,) int64."""

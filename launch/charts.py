@@ -11,12 +11,14 @@ GROUP_OF_KEY = {  # the headings under which TensorBoard shows the figures
     "loss": "train", "mtp_loss": "train", "sequence_balance": "train", "grad_norm": "train", "lr": "train",
     "step_seconds": "speed", "tokens_per_second": "speed", "mfu": "speed", "data_wait_seconds": "speed",
     "all_to_all_seconds": "speed", "exposed_all_to_all_seconds": "speed", "waiting_seconds": "speed",
-    "bytes_sent": "speed", "memory_gib": "memory",
+    "bytes_sent": "speed", "memory_gib": "memory", "slowest_rank": "speed", "slowest_rank_ratio": "speed",
+    "save_seconds": "speed",
     "max_vio": "balance", "max_vio_rank": "balance", "max_vio_floor": "balance", "dead_experts": "balance",
     "bias_abs_max": "balance", "bias_rate": "balance", "changed_by_bias_share": "balance", "gate_entropy": "balance",
     "tokens": "progress", "epoch": "progress", "world_size": "progress",
 }  # fmt: skip
 PER_LAYER = ("max_vio", "gate_entropy", "changed_by_bias_share", "dead_experts")  # also written as KEY_per_layer
+NOT_DRAWN = ("step", "ep_size", "seconds")
 FLOOR_LINE = "noise_floor"  # TensorBoard's name for the second line in every max_vio chart
 
 
@@ -24,7 +26,7 @@ def scalar_tags(figures: Mapping[str, Any], layer_names: Sequence[str]) -> dict[
     """One step's object as TensorBoard tags: the last part of each is the key of metrics.jsonl, before it a heading."""
     tags = {}
     for key, value in figures.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "ep_size"):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in NOT_DRAWN:
             tags[f"{GROUP_OF_KEY.get(key, 'extra')}/{key}"] = float(value)
     for key in PER_LAYER:
         for name, value in zip(layer_names, figures.get(f"{key}_per_layer") or [None] * len(layer_names), strict=True):
@@ -59,7 +61,10 @@ def chart_layout() -> dict[str, dict[str, list[str]]]:
         "Time": {
             "all-to-all and waiting (seconds a step)": [
                 "speed/(all_to_all|exposed_all_to_all|waiting|data_wait)_seconds$"
-            ]
+            ],
+            "slowest rank: own time over the middle rank's": ["speed/slowest_rank_ratio$"],
+            "goodput: productive share of all time": ["time/goodput$"],
+            "where the time went (seconds so far)": ["time/(productive|lost|saving|starting|stopping)_seconds$"],
         },
     }
 

@@ -1,6 +1,7 @@
 """`trimtab checkpoint list | verify | prune`."""
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,9 @@ def add_checkpoint_commands(commands: Any) -> None:
         action.add_argument("--json", action="store_true", help="print one JSON object on the last line")
 
 
-def _opened(folder: Path) -> tuple[Config, Path]:
+def _opened(folder: Path) -> tuple[Config, Any]:
     """A run's configuration and the folder of its checkpoints; raises ConfigError where it is not a run."""
-    from launch.session import checkpoint_root
+    from launch.resume import checkpoint_root
 
     if not (folder / "config.toml").is_file():
         raise ConfigError(
@@ -60,11 +61,13 @@ def _opened(folder: Path) -> tuple[Config, Path]:
 
 
 def _list(options: Any) -> int:
-    from parallel.checkpoint import CheckpointError, committed, open_checkpoint, step_of
+    from parallel.checkpoint import CheckpointError, open_checkpoint
+    from parallel.roots import drafts, readable, step_of
 
     _, root = _opened(options.run)
     found = []
-    for path in committed(root):
+    listed = _answered(lambda: readable(root), root)
+    for path in listed:
         row: dict[str, Any] = {"step": step_of(path), "path": str(path)}
         try:
             manifest = open_checkpoint(path).manifest
@@ -73,7 +76,7 @@ def _list(options: Any) -> int:
                 "bytes": sum(entry["size"] for entry in manifest["files"].values()),
                 "tokens": manifest.get("tokens"), "world_size": layout.get("world_size"),
                 "ep_size": layout.get("ep_size"), "files": len(manifest["files"]),
-                "saved": datetime.fromtimestamp((path / "COMMIT").stat().st_mtime, UTC).isoformat(timespec="seconds"),
+                "saved": _time(path / "COMMIT"),
             }  # fmt: skip
         except (CheckpointError, OSError) as error:
             row["damaged"] = str(error)
@@ -86,13 +89,13 @@ def _list(options: Any) -> int:
                 f"step {row['step']:>8}  {row['bytes'] / 2**20:10,.1f} MiB  {row['files']} files of "
                 f"{row['world_size']} ranks (ep {row['ep_size']})  {row['tokens']:,} tokens  {row['saved']}"
             )
-    drafts = sorted(path.name for path in root.glob(".step-*")) if root.is_dir() else []
-    if drafts:
-        print(f"not published: {', '.join(drafts)}; the next save or `trimtab checkpoint prune` deletes them")
+    names = [path.name for path in _answered(lambda: drafts(root), root) if path not in listed]
+    if names:
+        print(f"not published: {', '.join(names)}; the next save or `trimtab checkpoint prune` deletes them")
     if not found:
         print(f"no committed checkpoint in {root}")
     if options.json:
-        print(json.dumps({"checkpoints": found, "drafts": drafts}))
+        print(json.dumps({"checkpoints": found, "drafts": names}))
     return EXIT_OK
 
 
@@ -123,8 +126,8 @@ def _verify(options: Any) -> int:
 def _prune(options: Any) -> int:
     """Never the newest readable one: a damaged newest checkpoint does not count towards those that are kept."""
     from launch.lock import only_driver
-    from parallel import retention
-    from parallel.checkpoint import committed, step_of
+    from parallel import retention, saving
+    from parallel.roots import committed, drafts, step_of
 
     config, root = _opened(options.run)
     keep = config.checkpoint.keep if options.keep is None else options.keep
@@ -138,22 +141,35 @@ def _prune(options: Any) -> int:
         damaged = [path for path in committed(root) if path not in readable]
         kept = retention.kept_steps([step_of(path) for path in readable], keep, every)
         gone = [path for path in readable if step_of(path) not in kept]
-        drafts = [path for path in root.glob(".step-*") if not path.name.endswith(".old")] if root.is_dir() else []
+        begun = [path for path in drafts(root) if not path.name.endswith(".old")]
         if not options.dry_run:
             retention.remove(gone)
-            retention.remove_drafts(drafts)
-    for path in (*gone, *drafts):
+            saving.remove_drafts(begun)
+    for path in (*gone, *begun):
         print(f"{'would delete' if options.dry_run else 'deleted'} {path}")
     for path in damaged:
         print(f"left {path}: it is damaged, see `trimtab checkpoint verify`; delete it by hand")
     print(f"{len(readable) - len(gone)} readable checkpoints {'would stay' if options.dry_run else 'stay'} in {root}")
     if options.json:
-        paths = {"deleted": gone, "drafts": drafts, "damaged": damaged}
+        paths = {"deleted": gone, "drafts": begun, "damaged": damaged}
         print(json.dumps({name: [str(path) for path in listed] for name, listed in paths.items()}))
     return EXIT_OK
 
 
-def _damaged(path: Path) -> bool:
+def _answered(call: Callable[[], list[Any]], root: Any) -> list[Any]:
+    try:
+        return call()
+    except OSError as error:
+        raise ConfigError([f"the checkpoints in {root} cannot be listed: {error}"]) from error
+
+
+def _time(path: Any) -> str:
+    """When a file was written, UTC; empty where the storage does not say."""
+    seconds = path.stat().st_mtime if isinstance(path, Path) else path.modified()
+    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _damaged(path: Any) -> bool:
     from parallel.checkpoint import CheckpointError, damaged_files, open_checkpoint
 
     try:

@@ -6,12 +6,15 @@ Exit status: 0 done; 2 bad input (nothing started); 75 stopped on request with a
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
+from cluster.redact import guard_output, restore_output
 from data.errors import DataError
 from data.weighted import resolved
 from launch.config import LAUNCHERS, ConfigError, dump, preset_names, read
@@ -27,6 +30,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in assignments) or rest[0]}")
     if rest:
         options.assignments += assignments
+    guard_output()
     try:
         return options.run_command(options)
     except ConfigError as error:
@@ -40,6 +44,9 @@ def main(arguments: list[str]) -> int:
         return EXIT_FAILED
     except BrokenPipeError:
         return EXIT_FAILED
+    finally:
+        with suppress(BrokenPipeError):
+            restore_output()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,11 +116,16 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-change", action="append", default=[], metavar="KEY", help="resume although this key has changed"
     )
+    parser.add_argument(
+        "--insecure", action="store_true",
+        help="take a Ray cluster although it asks nobody for a token, or its dashboard is not on loopback",
+    )  # fmt: skip
     parser.add_argument("--no-summary", action="store_true", help="do not evaluate and summarise at the end")
     parser.add_argument("--json", action="store_true", help="print the run's figures as one JSON object at the end")
 
 
 def _train(options: Any) -> int:
+    began = time.monotonic()
     if options.print_config:
         problems: list[str] = []
         config = read(options.config, options.assignments, problems)
@@ -136,7 +148,7 @@ def _train(options: Any) -> int:
     try:
         plan = preflight.check(
             options.config, options.assignments, run=options.run, launcher=options.launcher, resume=options.resume,
-            accepted=options.accept_change, mpi_size=mpi_size,
+            accepted=options.accept_change, mpi_size=mpi_size, insecure=options.insecure,
         )  # fmt: skip
     except ConfigError:
         from launch.start import is_first
@@ -148,7 +160,7 @@ def _train(options: Any) -> int:
 
     if plan.done:
         return _already_done(plan, say, options.json) if is_first(plan.launcher) else EXIT_OK
-    result = start(plan, cause=f"trimtab train {options.config}")
+    result = start(plan, cause=f"trimtab train {options.config}", began=began)
     if not is_first(plan.launcher):
         return result.exit_code
     status = report_end(plan, result)

@@ -1,11 +1,13 @@
 """The one configuration: every room's section, read from TOML, checked as a whole before anything starts."""
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import ClusterConfig
+from cluster.redact import secrets_in
 from data.config import DataConfig
 from launch.faults import FaultsConfig, rank_problems
 from launch.guard_config import GuardConfig
@@ -13,6 +15,7 @@ from launch.schema import override, parse, to_toml
 from model.config import ModelConfig
 from parallel.config import BalanceConfig, OptimizerConfig, ParallelConfig
 from parallel.layout import divisors
+from parallel.remote import address_problems
 
 Launcher = Literal["debug", "local", "ray", "mpi"]
 LAUNCHERS: tuple[Launcher, ...] = ("debug", "local", "ray", "mpi")
@@ -62,10 +65,11 @@ class CheckpointConfig:
     """When the run is saved: every `every_steps` optimizer steps and at the end.
 
     The newest `keep` stay (0 = all), and every multiple of keep_every_steps (0 = none besides).
-    dir: where; empty means `checkpoints` in the run's folder.
+    dir: where, a folder or an address that fsspec knows (s3://bucket/runs/a), of this run alone; empty means
+    `checkpoints` in the run's folder. Credentials are not part of it: see docs/security.md.
     asynchronous: training goes on while files are written; else it waits. The run is the same.
     max_failed_saves: a save that fails is an alarm; so many in a row stop the run.
-    timeout_s: the longest wait for a save.
+    timeout_s: the longest wait for a save, and for one file of an address.
     """
 
     every_steps: int = 100
@@ -89,6 +93,7 @@ class CheckpointConfig:
                 f"checkpoint.keep_every_steps = {self.keep_every_steps} must be a multiple of checkpoint.every_steps = "
                 f"{self.every_steps}, or 0 to keep none besides the newest"
             )
+        found += address_problems("checkpoint.dir", self.dir)
         if not 0 < self.timeout_s < float("inf"):
             found.append(f"checkpoint.timeout_s = {self.timeout_s} must be more than 0 seconds")
         return found
@@ -96,16 +101,34 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """What is shown: heat maps every `heatmap_every_steps` steps; `console` is auto, plain lines, live bar or off."""
+    """What is shown and watched.
+
+    Heat maps every `heatmap_every_steps` steps; `console` is auto, plain lines, live bar or off.
+    straggler_ratio: an event when a rank needs more than so many times the own time (without waiting) of the middle
+        rank, as a median over straggler_window steps; 0 does not look.
+    """
 
     heatmap_every_steps: int = 20
     console: Literal["auto", "live", "plain", "off"] = "auto"
+    straggler_ratio: float = 1.5
+    straggler_window: int = 20
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""
+        found = []
         if self.heatmap_every_steps < 1:
-            return [f"telemetry.heatmap_every_steps = {self.heatmap_every_steps} must be at least 1"]
-        return []
+            found.append(f"telemetry.heatmap_every_steps = {self.heatmap_every_steps} must be at least 1")
+        if self.straggler_ratio != 0 and not 1 < self.straggler_ratio < float("inf"):
+            found.append(
+                f"telemetry.straggler_ratio = {self.straggler_ratio} must be more than 1, the ratio of ranks that are "
+                "alike; use 1.5, or 0 to look for no stragglers"
+            )
+        if self.straggler_window < 3:
+            found.append(
+                f"telemetry.straggler_window = {self.straggler_window} is too few steps to tell a slow rank from a "
+                "slow step; use 3 or more"
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -244,6 +267,11 @@ def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list
     if data.lanes >= 1 and data.lanes % world_size:
         found.append(f"data.lanes = {data.lanes} cannot be dealt to {world_size} ranks; use a multiple of {world_size}")
     found += rank_problems(config.faults.inject, world_size)
+    if config.checkpoint.dir.startswith("memory://") and launcher != "debug":
+        found.append(
+            f"checkpoint.dir = {config.checkpoint.dir} is the memory of one process, for --launcher debug; with "
+            f"--launcher {launcher} give a folder or an address that all nodes reach"
+        )
     if data.seq_len > model.max_position_embeddings:
         found.append(
             f"data.seq_len = {data.seq_len} is longer than model.max_position_embeddings = "
@@ -265,6 +293,22 @@ def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list
             "use zero_stage 1, 2 or 3"
         )
     return found
+
+
+def secret_problems(tables: Mapping[str, Any]) -> list[str]:
+    """A sentence for every text that holds a secret: what is configured is copied to files, checkpoints and figures."""
+    return [
+        f"{path} holds a secret (see docs/security.md for what counts as one); keep it out of the configuration: the "
+        "storage libraries find credentials in the environment (AWS_SECRET_ACCESS_KEY, FSSPEC_S3_SECRET, ...) or in "
+        "files of their own"
+        for path in secrets_in(tables)
+    ]
+
+
+def refuse_secrets(tables: Mapping[str, Any]) -> None:
+    """Raises ConfigError where `secret_problems` finds any."""
+    if problems := secret_problems(tables):
+        raise ConfigError(problems)
 
 
 def _some(numbers: list[int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
 from data.errors import DataError
+from launch.config import refuse_secrets
 
 
 def add_data_commands(commands: Any) -> None:
@@ -66,6 +67,7 @@ def progress_line(phase: str, done: int, total: int) -> None:
 
 
 def _pack(options: argparse.Namespace) -> int:
+    refuse_secrets({"SOURCE": options.sources, "--source": options.weighted, "--out": str(options.out)})
     encoding = _mpi_encoding()
     try:
         packed, figures = _packed(options, encoding)

@@ -112,8 +112,16 @@ def _strike(fault: Fault, module: nn.Module | None) -> None:
         raise DataError(f"a sample could not be read ({fault.text})")
     elif fault.kind == "flip" and module is not None:
         _flip(module)
+    elif fault.kind == "clock":
+        _set_clock(fault.seconds)
     else:
         raise DrillError(f"asked for by faults.inject = {fault.text!r}")
+
+
+def _set_clock(seconds: float) -> None:
+    """From now on this process's wall clock is off by so much (more); its monotonic clock and the machine's are not."""
+    before = time.time
+    time.time = lambda: before() + seconds
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ KINDS = {
     "flip": ("step",),
     "full_disk": ("save",),
     "bad_read": ("data",),
+    "clock": ("forward", *ANYWHERE),
 }
 KEYS = ("rank", "step", "phase", "at", "times", "seconds")
 STEPLESS = ("start", "load")
@@ -31,7 +32,7 @@ STEPLESS = ("start", "load")
 class Fault:
     """One fault. step: 1-based as in the metrics, 0 is any; in phase save the step that is saved. times: 0 is always.
 
-    at: the point of a save, "" is its first. seconds: of slow, and of hang (0: for ever).
+    at: the point of a save, "" is its first. seconds: of slow, of hang (0: for ever), and by which a clock jumps.
     """
 
     kind: str
@@ -88,7 +89,7 @@ def _parse_one(text: str, wrong: list[str]) -> Fault:
         except ValueError:
             wrong.append(f"{key}={value} must be a number")
             continue
-        if key not in ("phase", "at") and not values[key] >= 0:
+        if key not in ("phase", "at") and not values[key] >= 0 and (kind, key) != ("clock", "seconds"):
             wrong.append(f"{key}={value} must not be negative")
     fault = Fault(kind, **values)
     if fault.phase not in KINDS[kind]:
@@ -97,8 +98,10 @@ def _parse_one(text: str, wrong: list[str]) -> Fault:
         wrong.append(f"at={fault.at} needs phase=save and one of {', '.join(SAVE_POINTS)}")
     if "step" in values and fault.phase in STEPLESS:
         wrong.append(f"phase={fault.phase} is before the first step; leave step out")
-    if "seconds" in values and kind not in ("slow", "hang"):
-        wrong.append(f"seconds={fault.seconds:g} is for slow and hang")
+    if "seconds" in values and kind not in ("slow", "hang", "clock"):
+        wrong.append(f"seconds={fault.seconds:g} is for slow, hang and clock")
+    if kind == "clock" and not (fault.seconds and abs(fault.seconds) < float("inf")):
+        wrong.append("clock needs seconds=..., by which it jumps; negative is back, as in clock@step=3,seconds=-3600")
     return fault
 
 

@@ -1,6 +1,6 @@
-"""Why a run misbehaved, in words: sentences about its balance, from its history, its alarms and pairs of experts."""
+"""Why a run misbehaved, in words: its balance, from history, alarms and pairs of experts; its slow ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,31 @@ def alarm_table(spells: Sequence[Spell]) -> list[str]:
     if len(spells) > MAX_ALARM_ROWS:
         lines += ["", f"The last {MAX_ALARM_ROWS} of {len(spells)}; all are in events.jsonl."]
     return lines
+
+
+def slow_ranks(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each rank that the events `straggler` name, the latest first: how slow, in what, when, and why."""
+    told: dict[int, list[Mapping[str, Any]]] = {}
+    for event in events:
+        if event["kind"] == "straggler":
+            told.setdefault(event["rank"], []).append(event)
+    sentences = []
+    for rank, spells in reversed(told.items()):
+        raised = [event for event in spells if not event["ended"]] or spells
+        worst = max(raised, key=lambda event: event["ratio"])
+        text = (
+            f"**Rank {rank} on {worst['host']} was slow** {_count(len(raised), 'time')}, last from step "
+            f"{raised[-1]['step']} {'to ' + str(spells[-1]['step']) if spells[-1]['ended'] else 'on'}: up to "
+            f"{worst['ratio']:.2f} times the own time of the middle rank, {1e3 * worst['seconds_more']:,.0f} ms more a "
+            f"step, most of it in {worst['phase']}"
+        )
+        if worst["reason"] == "expert load":
+            text += (
+                f". It had more work: its experts got {worst['load_ratio']:.2f} times the mean of tokens; "
+                "`balance.placement = load` can even that out"
+            )
+        sentences.append(text + ".")
+    return sentences
 
 
 def _alarms(spells: Sequence[Spell]) -> str:

@@ -10,13 +10,15 @@ from data.foreign import foreign_tokenizer
 from data.mixture import MixedDataset, open_data
 from data.tokenizer import Tokenizer
 from launch.config import Config, ConfigError, from_tables, read
+from launch.resume import checkpoint_root
 from launch.runfolder import RunFolder
-from launch.session import bias_buffers, checkpoint_root
+from launch.session import bias_buffers
 from model.exchange import LocalExchange
 from model.naming import pieces
 from model.slots import local_experts
 from model.transformer import Transformer
-from parallel.checkpoint import CheckpointError, CheckpointReader, Saved, committed, damaged_files, open_checkpoint
+from parallel.checkpoint import CheckpointError, CheckpointReader, Saved, damaged_files, open_checkpoint
+from parallel.roots import Root, readable
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,16 @@ def newest_checkpoint(run: RunFolder) -> Saved:
     return open_checkpoint(committed_checkpoints(run.path)[-1])
 
 
-def committed_checkpoints(folder: Path) -> list[Path]:
+def committed_checkpoints(folder: Path) -> list[Root]:
     """The committed checkpoints of a run, oldest first, at least one; raises ConfigError like `newest_checkpoint`."""
     run = RunFolder(folder)
     if not run.is_run():
         raise ConfigError([f"{run.path} is not a run: it has no config.toml; give the folder of a run"])
     root = checkpoint_root(read(str(run.config), [], []), run)
-    found = committed(root)
+    try:
+        found = readable(root)
+    except OSError as error:
+        raise ConfigError([f"the checkpoints in {root} cannot be listed: {error}"]) from error
     if not found:
         raise ConfigError([f"{run.path} has no committed checkpoint in {root}; train it first"])
     return found

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data.dataset import Description, describe
@@ -11,8 +11,18 @@ from data.errors import DataError
 from data.pack import builtin_at, pack_builtin
 from data.weighted import resolved
 from launch import runfolder
-from launch.config import Config, ConfigError, Launcher, for_debug, layout_problems, read, world_size_for
+from launch.config import (
+    Config,
+    ConfigError,
+    Launcher,
+    for_debug,
+    layout_problems,
+    read,
+    secret_problems,
+    world_size_for,
+)
 from launch.resume import refused_changes, saved_config
+from parallel.remote import is_remote
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,7 @@ class Plan:
     builtin: name of a built-in corpus that has still to be packed, else empty.
     done: the run has all its steps already.
     notes: sentences about what was adapted or reused, for people.
+    insecure: the user takes a Ray cluster that asks nobody for a token.
     """
 
     config: Config
@@ -33,6 +44,7 @@ class Plan:
     builtin: str
     done: bool
     notes: tuple[str, ...]
+    insecure: bool = False
 
 
 def check(
@@ -45,6 +57,7 @@ def check(
     accepted: list[str] | None = None,
     local_cluster: bool = False,
     mpi_size: int | None = None,
+    insecure: bool = False,
 ) -> Plan:
     """Reads and checks a run.
 
@@ -55,6 +68,7 @@ def check(
         accepted: keys whose change against the saved run the user accepts.
         local_cluster: the Ray cluster will be started here, on this machine's cores.
         mpi_size: ranks that mpirun started.
+        insecure: see `Plan`.
 
     Raises:
         ConfigError: with every problem found.
@@ -80,8 +94,9 @@ def check(
     mixture = tuple(_absolute(path) for path in config.data.mixture)
     config = replace(config, data=replace(config.data, path=_absolute(config.data.path), mixture=mixture))
     if config.checkpoint.dir:
-        config = replace(config, checkpoint=replace(config.checkpoint, dir=str(Path(config.checkpoint.dir).absolute())))
+        config = replace(config, checkpoint=replace(config.checkpoint, dir=_checkpoint_dir(config.checkpoint.dir)))
     problems += layout_problems(config, launcher, world_size)
+    problems += secret_problems(asdict(config))
     if local_cluster:
         problems += local_capacity_problems(config)
     builtin, data = _check_data(config, problems, notes) if not unreadable else ("", None)
@@ -91,7 +106,8 @@ def check(
     done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
-    return Plan(config, folder, launcher, world_size, resume, tuple(accepted or ()), builtin, done, tuple(notes))
+    keys = tuple(accepted or ())
+    return Plan(config, folder, launcher, world_size, resume, keys, builtin, done, tuple(notes), insecure)
 
 
 def local_capacity_problems(config: Config) -> list[str]:
@@ -156,6 +172,10 @@ def _absolute(path: str) -> str:
     return path if "://" in path or not path else str(Path(path).absolute())
 
 
+def _checkpoint_dir(text: str) -> str:
+    return text if is_remote(text) else _absolute(text.removeprefix("file://"))
+
+
 def _check_foreign(config: Config, problems: list[str]) -> list[str]:
     """Appends what is wrong with plain tar files; returns notes, the first of which says what they cannot do."""
     from data.foreign import NOT_RESUMABLE, foreign_files, foreign_tokenizer
@@ -190,7 +210,11 @@ def _check_run(
     if wrong:
         problems.append(wrong)
         return False
-    saved = saved_config(folder, config)
+    try:
+        saved = saved_config(folder, config)
+    except ConfigError as error:
+        problems += error.problems
+        return False
     if saved is None:
         if resume == "must":
             problems.append(f"--resume must: {folder} has no committed checkpoint; use --resume auto, or another --run")

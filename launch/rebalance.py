@@ -8,7 +8,6 @@ resumed from that checkpoint therefore starts from the places that the undisturb
 # M MoE layers, E routed experts, G ep_size
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from parallel import checkpoint, placement
 from parallel.config import BalanceConfig
 from parallel.engine import Engine
 from parallel.ranks import Ranks
+from parallel.roots import Root
 
 
 class Rebalancer:
@@ -95,7 +95,7 @@ class Rebalancer:
                 raise checkpoint.CheckpointError(f"the checkpoint is of another model: {error}") from error
         slots.place(self.model, torch.from_numpy(table))
 
-    def move(self, table: np.ndarray, path: Path, step: int) -> None:
+    def move(self, table: np.ndarray, path: Root, step: int) -> None:
         """Brings every expert to its place in `table` by way of the checkpoint just published; collective.
 
         A checkpoint that turns out to be damaged moves nothing: the experts stay, and an event says why.

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.redact import redact
 from launch import balance_stats
+from launch.accounting import read_account
 from launch.console import duration
-from launch.findings import alarm_table, findings
+from launch.findings import alarm_table, findings, slow_ranks
 from launch.history import alarm_spells, read_history, read_pairs, summarize_history
 from launch.pictures import draw
 from launch.runfolder import RunFolder, read_records
 from launch.telemetry import dotted
+from launch.time_report import time_section
 
 MAX_EVENTS = 60  # lines of the events table
 ESSENTIALS = (
@@ -22,12 +25,19 @@ ESSENTIALS = (
     "parallel.ep_size", "parallel.zero_stage", "parallel.dispatch", "parallel.recompute", "cluster.nodes",
     "cluster.workers", "optimizer.lr", "optimizer.schedule", "optimizer.warmup_steps", "balance.rule", "balance.rate",
 )  # fmt: skip
-NOT_MORE = ("time", "seconds", "kind", "step", "cause", "metrics_bytes", "ledger_bytes")  # columns, or not for people
+NOT_MORE = (  # columns, or not for people
+    "time", "seconds", "process", "kind", "step", "cause", "metrics_bytes", "ledger_bytes",
+)  # fmt: skip
 
 
 def summarize(run_dir: str | Path) -> dict[str, Any]:
-    """The run's figures in a few numbers, for the summary at its end and ``--json``: ``history.summarize_history``."""
-    return summarize_history(read_history(RunFolder(run_dir)))
+    """The run's figures in a few numbers, for the summary at its end and ``--json``.
+
+    Those of ``history.summarize_history``, and under ``accounting`` those of ``accounting.Account.figures``.
+    """
+    account = read_account(run_dir)
+    spent = {} if account is None else {"accounting": account.figures()}
+    return {**summarize_history(read_history(RunFolder(run_dir))), **spent}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -52,10 +62,13 @@ def write_report(run_dir: str | Path) -> Path:
         if found:
             parts += ["## Balance in words", "", *(f"- {sentence}" for sentence in found), ""]
         parts += ["## Alarms", "", *alarm_table(spells), ""] if spells else []
+        slow = slow_ranks(events)
+        parts += ["## Slow ranks", "", *(f"- {sentence}" for sentence in slow), ""] if slow else []
         parts += [draw(run.path / "plots", history, events, spells, pairs, layers), ""]
         parts += ["## What to look at", "", *_advice(summary, events), ""]
     else:
         parts += ["No step has been recorded yet.", ""]
+    parts += time_section(run.path / "plots", read_account(run))
     parts += [
         "## Configuration",
         "",
@@ -66,7 +79,7 @@ def write_report(run_dir: str | Path) -> Path:
     ]
     parts += ["## Events", "", *_events_table(events), ""]
     unfinished = run.report.with_suffix(".md.partial")
-    unfinished.write_text("\n".join(parts), encoding="utf-8")
+    unfinished.write_text(redact("\n".join(parts)), encoding="utf-8")
     unfinished.replace(run.report)
     return run.report
 
@@ -132,6 +145,10 @@ def _advice(s: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[s
          "uneven throughput",
          "Other work on the machine, saves that block, or a rank that falls behind: see the throughput picture and "
          "`logs/`."),
+        (any(event["kind"] == "straggler" for event in events),
+         "a rank that is slower than the others",
+         "Named under Slow ranks. The same host again and again: look at its clocks, temperature and memory, "
+         "and at what else runs there, or leave it out. Another reason is more work: see the loads of the ranks."),
         (s["loss_last"] is None or (s["steps"] > 1 and s["loss_last"] >= (s["loss_first"] or math.inf)),
          "the loss does not fall or is not a number",
          "Lower `optimizer.lr`, lengthen `optimizer.warmup_steps`; look for jumps in `grad_norm` in metrics.jsonl."),
@@ -154,6 +171,7 @@ def _events_table(events: Sequence[Mapping[str, Any]]) -> list[str]:
     if not events:
         return ["None were recorded."]
     lines = ["| time (UTC) | event | step | cause | more |", "|---|---|---|---|---|"]
+    events = [event for event in events if event["kind"] != "accounting"]  # they have a section of their own
     for event in events[-MAX_EVENTS:]:
         more = [f"{key} {value}" for key, value in event.items() if key not in NOT_MORE]
         cells = (event["time"][:19].replace("T", " "), event["kind"], event.get("step", ""), event["cause"])

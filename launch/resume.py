@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.config import Config, ConfigError, read
+from launch.config import Config, ConfigError, from_tables, read
 from launch.runfolder import RunFolder
 from launch.schema import show
 from launch.telemetry import dotted
+from parallel.roots import Root, is_address, quickly, readable, root_of, step_of
 
 # Sections and keys that decide the model, the order of the data or the size of the step.
 _FIXED_SECTIONS = ("model",)
@@ -24,12 +25,12 @@ class SavedRun:
     """A run with a checkpoint: the configuration that it was last started with, and its newest committed folder."""
 
     config: Config
-    newest: Path
+    newest: Root
 
     @property
     def step(self) -> int:
         """Steps that the newest checkpoint holds."""
-        return int(self.newest.name.removeprefix("step-"))
+        return step_of(self.newest)
 
     def fingerprint(self) -> str:
         """Of the dataset that it was trained on; empty when the manifest cannot be read, which loading will report."""
@@ -39,17 +40,30 @@ class SavedRun:
             return ""
 
 
+def checkpoint_root(config: Config, run: RunFolder) -> Root:
+    """The folder or address of a run's checkpoints."""
+    return root_of(config.checkpoint.dir, config.checkpoint.timeout_s) if config.checkpoint.dir else run.checkpoints
+
+
 def saved_config(folder: Path, config: Config) -> SavedRun | None:
     """The run in `folder`, or None when it has no committed checkpoint.
 
+    One that a crash left between two renames counts: the run will put it back. Where checkpoints lie at an address, and
+    this machine has not seen the run yet, the newest one tells the configuration.
+
     Raises:
-        ConfigError: its config.toml cannot be read.
+        ConfigError: its config.toml cannot be read, or the address does not answer.
     """
     run = RunFolder(folder)
-    root = Path(config.checkpoint.dir) if config.checkpoint.dir else run.checkpoints
-    found = sorted(path.parent for path in root.glob("step-*/COMMIT")) if root.is_dir() else []
-    if not found or not run.is_run():
-        return None
+    root = checkpoint_root(config, run)
+    try:
+        found = readable(quickly(root))
+        if not found or (not run.is_run() and not is_address(root)):
+            return None
+        if not run.is_run():
+            return SavedRun(from_tables(json.loads((found[-1] / "manifest.json").read_text())["config"]), found[-1])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError([f"checkpoint.dir = {config.checkpoint.dir}: {error}"]) from error
     problems: list[str] = []
     saved = read(str(run.config), [], problems)
     if problems:

@@ -10,10 +10,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from cluster.redact import redact, redacted
 
 REWIND = "rewind"
 
@@ -184,7 +187,6 @@ class RunFolder:
         self.metrics = JsonLines(self.metrics_path)
         self.events = JsonLines(self.events_path)
         self.ledger = JsonLines(self.ledger_path)
-        self._started = time.monotonic()
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -196,7 +198,7 @@ class RunFolder:
         """Makes the folder with its sub-folders and writes (or replaces) config.toml, which is what makes it a run."""
         self.path.mkdir(parents=True, exist_ok=True)
         unfinished = self.path / f".config.toml.{os.getpid()}"
-        unfinished.write_text(config_toml, encoding="utf-8")
+        unfinished.write_text(redact(config_toml), encoding="utf-8")
         unfinished.replace(self.config)
         for folder in (self.tensorboard, self.checkpoints, self.logs):
             folder.mkdir(exist_ok=True)
@@ -205,16 +207,15 @@ class RunFolder:
         """Appends one event and returns it.
 
         Args:
-            kind: start, restart, resume, change, save, skip, rewind, fault, alarm, evaluation, stop...
+            kind: launch, start, restart, resume, change, save, skip, rewind, fault, alarm, evaluation, stop, end...
             cause: why it happened, for a reader who was not there.
-            fields: whatever else belongs to it (``step``, ``rank``, ``path``...); not ``time`` or ``seconds``, which
-                are set here: UTC in ISO 8601, and seconds since this process opened the run (never running backwards).
+            fields: whatever else belongs to it (``step``, ``rank``, ``path``...); not ``time``, ``seconds`` or
+                ``process``, which are set here: UTC in ISO 8601, and what ``process_clock`` says.
         """
-        clash = {"time", "seconds"} & fields.keys()
+        clash = {"time", "seconds", "process"} & fields.keys()
         if clash or not kind or not cause:
             raise ValueError(f"event {kind!r}: give a kind, a cause, and no field named {sorted(clash) or 'time'}")
-        seconds = round(time.monotonic() - self._started, 3)
-        record = {"time": utc_now(), "seconds": seconds, "kind": kind, "cause": cause, **fields}
+        record = {"time": utc_now(), **process_clock(), "kind": kind, **redacted({"cause": cause, **fields})}
         self.events.append(record)
         return record
 
@@ -249,13 +250,7 @@ class RunFolder:
         path = {"metrics": self.metrics_path, "ledger": self.ledger_path}[name]
         rewinds = [(event.get(f"{name}_bytes", 0), event["step"])
                    for event in read_records(self.events_path) if event.get("kind") == REWIND]  # fmt: skip
-        line_of_step: dict[int, int] = {}
-        for offset, record in read_lines(path):
-            while rewinds and rewinds[0][0] <= offset:
-                _drop_after(line_of_step, rewinds.pop(0)[1])
-            line_of_step[record["step"]] = offset
-        for _, step in rewinds:
-            _drop_after(line_of_step, step)
+        line_of_step = surviving(((offset, record["step"]) for offset, record in read_lines(path)), rewinds)
         if not line_of_step:
             return
         with path.open("rb") as file:
@@ -266,6 +261,23 @@ class RunFolder:
     def close(self) -> None:
         for file in (self.metrics, self.events, self.ledger):
             file.close()
+
+
+def surviving(lines: Iterable[tuple[int, int]], rewinds: Sequence[tuple[int, int]]) -> dict[int, int]:
+    """Which lines of metrics or ledger are part of the run: the byte offset of each step's line that counts.
+
+    Args:
+        lines: (byte offset, step) of all lines. rewinds: (bytes in the file at that time, step gone back to), in order.
+    """
+    line_of_step: dict[int, int] = {}
+    waiting = list(rewinds)
+    for offset, step in lines:
+        while waiting and waiting[0][0] <= offset:
+            _drop_after(line_of_step, waiting.pop(0)[1])
+        line_of_step[step] = offset
+    for _, step in waiting:
+        _drop_after(line_of_step, step)
+    return line_of_step
 
 
 def _drop_after(line_of_step: dict[int, int], step: int) -> None:
@@ -308,6 +320,21 @@ def problem(path: str | Path) -> str | None:
     return None
 
 
+@cache
+def _opened() -> tuple[str, float]:
+    """A name that no other process has, and when this process first asked for it."""
+    return os.urandom(3).hex(), time.monotonic()
+
+
+def process_clock() -> dict[str, Any]:
+    """When something happened by this process' own clock, which never runs backwards, and whose clock that is.
+
+    Returns: ``seconds`` since this process opened its first run; ``process``, which two starts never share.
+    """
+    name, opened = _opened()
+    return {"seconds": round(time.monotonic() - opened, 3), "process": f"{os.getpid()}-{name}"}
+
+
 def utc_now() -> str:
     """This moment as ISO 8601 in UTC with milliseconds, as the record files have it: 2026-01-31T12:00:00.000Z."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,19 +1,21 @@
 """The checkpoints of a run as training sees them: started, published when ready, told of, counted when they fail."""
 
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from launch.alarms import WHOLE_RUN, Alarm
 from launch.config import CheckpointConfig
 from launch.telemetry import Telemetry
 from parallel.checkpoint import CheckpointError
+from parallel.roots import Root
 from parallel.saver import Outcome, Saver
 from parallel.saving import Hook, no_hook
 
 
 class Saves:
-    """Runs a `Saver` by the configuration. Every method but `done_here` and `close` is collective.
+    """Runs a `Saver` by the configuration. All but `done_here`, `holding`, `take_held` and `close` is collective.
 
     A save that fails is an alarm and training goes on; `checkpoint.max_failed_saves` in a row stop the run, and so does
     the failure of a save that the run cannot do without, its last.
@@ -26,13 +28,28 @@ class Saves:
         self.config, self.saver, self.telemetry = config, saver, telemetry
         self.failed_in_a_row = 0
         self.blocked_seconds = 0.0  # training stood still for so long, on this rank, all saves together
+        self._held = 0.0
         self._cause = ""
         self._since = 0  # step of the first of the saves in a row that failed
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Counts what runs inside as time that training stood still for a save, whatever the time went into."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._held += time.perf_counter() - began
+
+    def take_held(self) -> float:
+        """The seconds counted by `holding` since the last call."""
+        taken, self._held = self._held, 0.0
+        return taken
 
     def start(
         self, step: int, cause: str, extra: Mapping[str, Any], *, wait: bool = False, needed: bool = False,
         hook: Hook = no_hook,
-    ) -> Path | None:  # fmt: skip
+    ) -> Root | None:  # fmt: skip
         """Saves the state as it is now; the one that is still under way is waited for first.
 
         Args:
@@ -78,7 +95,7 @@ class Saves:
         """Gives up the save that is under way."""
         self.saver.close()
 
-    def _told(self, outcome: Outcome, needed: bool) -> Path | None:
+    def _told(self, outcome: Outcome, needed: bool) -> Root | None:
         self.blocked_seconds += outcome.blocked_seconds
         if outcome.path is not None:
             if self.failed_in_a_row:

@@ -5,7 +5,6 @@ import json
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,11 @@ from launch.drills import Faults
 from launch.feed import Feed, open_feed
 from launch.guard import Guard, Verdict
 from launch.rebalance import Rebalancer
+from launch.resume import checkpoint_root
 from launch.runfolder import RunFolder
 from launch.saves import Saves
 from launch.sections import Sections
+from launch.speed_watch import SpeedWatch, open_watch
 from launch.telemetry import Telemetry
 from model.init import init_weights
 from model.moe import MoE
@@ -35,6 +36,7 @@ from parallel.engine import Engine, PlainEngine
 from parallel.exchange import make_exchange
 from parallel.gradient_watch import GradientWatch
 from parallel.ranks import Ranks
+from parallel.roots import Root, committed, step_of
 from parallel.saver import Saver
 from parallel.weight_size import weight_sizes
 
@@ -63,6 +65,7 @@ class Session:
     masked: int = 0  # sequences masked because a sample was damaged, all ranks
     faults: Faults = field(default_factory=Faults)
     sections: Sections | None = None
+    speed: SpeedWatch = field(default_factory=SpeedWatch)
 
     @property
     def stream(self) -> Stream | ForeignStream:
@@ -70,7 +73,7 @@ class Session:
         return self.feed.stream
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Root:
         """Where checkpoints of this run go."""
         return checkpoint_root(self.config, self.run)
 
@@ -78,6 +81,7 @@ class Session:
         """A section begins: this rank's place is noted, and drills may strike. step: 1-based, None before the first."""
         if self.sections is not None:
             self.sections.mark(section, step)
+        self.speed.clock.mark(section)
         self.faults.at(section, step, module=module)
 
     def save(self, step: int, cause: str, last: bool = False) -> None:
@@ -93,6 +97,11 @@ class Session:
         """
         if self.sections is not None:
             self.sections.mark("save", step)
+        self.speed.clock.mark("save")
+        with self.saves.holding():
+            self._save(step, cause, last)
+
+    def _save(self, step: int, cause: str, last: bool) -> None:
         self.saves.settle()
         self.balancer.check()
         if self.config.guard.check_replicas_every_steps:
@@ -187,10 +196,10 @@ class Session:
         """
         self.saves.settle()
         stream, rollbacks = self.stream, self.guard.rollbacks
-        older = [path for path in self._committed() if checkpoint.step_of(path) <= verdict.first]
+        older = [path for path in self._committed() if step_of(path) <= verdict.first]
         if not older or not isinstance(stream, Stream):
             raise self.guard.lost(step, verdict)
-        far = [path for path in older if checkpoint.step_of(path) <= verdict.first - self.config.guard.rollback_steps]
+        far = [path for path in older if step_of(path) <= verdict.first - self.config.guard.rollback_steps]
         path = far[-1] if far else older[0]
         skipping = stream.batches.skipping(verdict.first, step - verdict.first + 1)
         target = int(self._load(path)["step"])
@@ -217,16 +226,25 @@ class Session:
         if self.config.guard.weight_growth:
             self.telemetry.alarms(self.guard.judge_weights(step, weight_sizes(self.engine, self.ranks.dp)))
 
-    def _committed(self) -> list[Path]:
-        """The checkpoints as rank 0 sees them, the same on every rank; one that was moved aside is put back before."""
-        if self.ranks.dp.rank == 0:
-            retention.recover(self.checkpoints)
-        names = self.ranks.dp.gather(
-            [path.name for path in checkpoint.committed(self.checkpoints)] if self.ranks.dp.rank == 0 else []
-        )[0]
-        return [self.checkpoints / name for name in names]
+    def _committed(self) -> list[Root]:
+        """The checkpoints as rank 0 sees them, the same on every rank; one that was moved aside is put back before.
 
-    def _load(self, path: Path) -> dict[str, Any]:
+        Raises:
+            CheckpointError: on every rank, when the storage does not answer: that is not a place without checkpoints.
+        """
+        told: dict[str, Any] = {"names": [], "error": ""}
+        if self.ranks.dp.rank == 0:
+            try:
+                retention.recover(self.checkpoints)
+                told["names"] = [path.name for path in committed(self.checkpoints)]
+            except OSError as error:
+                told["error"] = f"the checkpoints in {self.checkpoints} cannot be listed: {error}"
+        first = self.ranks.dp.gather(told)[0]
+        if first["error"]:
+            raise checkpoint.CheckpointError(first["error"])
+        return [self.checkpoints / name for name in first["names"]]
+
+    def _load(self, path: Root) -> dict[str, Any]:
         """Takes a checkpoint's state, but for its place in the data; collective. Raises: CheckpointError everywhere."""
         saved = checkpoint.open_together(path, self.ranks.dp)
         self.placement.start(saved.manifest)
@@ -249,11 +267,6 @@ class Session:
         self.saves.close()
         self.feed.close()
         self.telemetry.close()
-
-
-def checkpoint_root(config: Config, run: RunFolder) -> Path:
-    """The folder of a run's checkpoints."""
-    return Path(config.checkpoint.dir) if config.checkpoint.dir else run.checkpoints
 
 
 def assemble(
@@ -314,6 +327,7 @@ def assemble(
     return Session(
         config, run, ranks, device, model, engine, balancer, biases, feed, telemetry, Guard(config.guard), alarms,
         placement, stop, Saves(keeping, saver, telemetry), watch, faults=faults, sections=sections,
+        speed=open_watch(config.telemetry, ranks, engine, device, placement, telemetry, on=not plain),
     )  # fmt: skip
 
 

@@ -12,12 +12,14 @@ from cluster.causes import cause_of, first_cause
 from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
 from cluster.signals import StopSignals
 from cluster.supervisor import Generation
+from launch.accounting import in_words, read_account, record_account
 from launch.config import dump
 from launch.lock import only_driver
 from launch.preflight import Plan, pack_if_needed
+from launch.resume import checkpoint_root
 from launch.runfolder import RunFolder
 from launch.sections import read_place
-from launch.supervise import NAMES, Launch, largest_world, run_supervised
+from launch.supervise import NAMES, Launch, largest_world, newest_committed, run_supervised
 
 if TYPE_CHECKING:
     from cluster.ray_pool import RayPool
@@ -31,7 +33,14 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def start(plan: Plan, cause: str, *, entry: str = ENTRY, extra: Mapping[str, Any] | None = None) -> LaunchResult:
+def start(
+    plan: Plan,
+    cause: str,
+    *,
+    entry: str = ENTRY,
+    extra: Mapping[str, Any] | None = None,
+    began: float | None = None,
+) -> LaunchResult:
     """Packs what has to be packed, writes the run's configuration, and trains under the plan's launcher.
 
     Args:
@@ -39,22 +48,26 @@ def start(plan: Plan, cause: str, *, entry: str = ENTRY, extra: Mapping[str, Any
         cause: why the run is started, for events.jsonl.
         entry: what every rank runs, "module:function"; a benchmark has one of its own around the usual one.
         extra: JSON-able, for that entry; added to the payload.
+        began: time.monotonic() when the command began, for the account of its time; None is now.
 
     Raises:
         ConfigError: another process is training into the same folder.
     """
+    began = time.monotonic() if began is None else began
     first = is_first(plan.launcher)
     with only_driver(plan.run) if first else nullcontext():
-        return _start(plan, cause, first, entry, extra or {})
+        return _start(plan, cause, first, entry, extra or {}, began)
 
 
-def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, Any]) -> LaunchResult:
+def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, Any], began: float) -> LaunchResult:
     for note in plan.notes if first else ():
         say(note)
     if first:
         pack_if_needed(plan, say)
         run = RunFolder(plan.run)
         run.create(dump(plan.config))
+        before = round(time.monotonic() - began, 3)
+        run.event("launch", cause=cause, launcher=plan.launcher, workers=plan.world_size, seconds_before=before)
         run.close()
     payload = {
         "config": asdict(plan.config),
@@ -68,6 +81,7 @@ def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, 
     result = _launch(plan, entry, payload)
     if first:
         _record_end(plan, result, time.monotonic() - started)
+        _account(plan, result)
     return result
 
 
@@ -87,7 +101,7 @@ def _launch(plan: Plan, entry: str, payload: dict) -> LaunchResult:
         return run_supervised(plan, payload, _local(plan, entry), say)
     from cluster.ray_pool import RayPool
 
-    pool = RayPool(spec, lambda limit: largest_world(plan.config, limit), ROOT)
+    pool = RayPool(spec, lambda limit: largest_world(plan.config, limit), ROOT, insecure=plan.insecure)
     try:
         return run_supervised(plan, payload, _ray(plan, entry, pool), say, pool)
     finally:
@@ -135,6 +149,7 @@ def _record_end(plan: Plan, result: LaunchResult, seconds: float) -> None:
     run = RunFolder(plan.run)
     failure = first_cause(result.failures) if result.failures else None
     generation = result.generation
+    committed = newest_committed(checkpoint_root(plan.config, run))
     place = read_place(run.logs, generation, failure.rank if failure else None)
     run.event(
         "failure",
@@ -144,6 +159,7 @@ def _record_end(plan: Plan, result: LaunchResult, seconds: float) -> None:
         exception=failure.exception[0] if failure and failure.exception else None,
         section=place.section,
         failed_step=place.step,
+        step=committed,
         generation=generation,
         **({"reason": result.reason} if result.reason else {}),
         message=result.error[-4000:],
@@ -152,12 +168,24 @@ def _record_end(plan: Plan, result: LaunchResult, seconds: float) -> None:
     run.close()
 
 
+def _account(plan: Plan, result: LaunchResult) -> None:
+    """Writes the launch's end, and where the run's time went up to it."""
+    run = RunFolder(plan.run)
+    how = {EXIT_OK: "done", EXIT_STOPPED: "stopped"}.get(result.exit_code, "failed")
+    run.event("end", cause=how, exit_status=result.exit_code)
+    record_account(run, how)
+    run.close()
+
+
 def report_end(plan: Plan, result: LaunchResult) -> int:
-    """Prints why the run ended and returns the exit status."""
+    """Prints why the run ended, where its time went if no summary follows, and returns the exit status."""
     if result.exit_code == EXIT_STOPPED:
         step = next((one["step"] for one in result.results if one), 0)
         say(f"stopped on request after step {step}, with a committed checkpoint; the same command goes on from there")
     elif result.exit_code != EXIT_OK:
         print(result.error or "the run failed", file=sys.stderr, flush=True)
         say(f"failed; output of every rank: {RunFolder(plan.run).logs}")
+    found = read_account(plan.run) if result.exit_code != EXIT_OK else None
+    if found is not None:
+        say(f"time: {in_words(found)}")
     return result.exit_code if result.exit_code in (EXIT_OK, EXIT_STOPPED, 2) else EXIT_FAILED

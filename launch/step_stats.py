@@ -2,6 +2,7 @@
 
 # M MoE layers, E routed experts
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class GlobalStats:
     all_to_all_seconds, exposed_all_to_all_seconds: of this rank, see StepRecord. waiting_seconds: mean over ranks of
     the exposed all-to-all time beyond that of the rank which spent least in it. That rank came last every time, so
     nobody waited for the others' sake but for its; what it spent is the price of moving the bytes. bytes_sent: payload
-    sent to other ranks, all ranks.
+    sent to other ranks, all ranks. own_seconds: (R, P) fp64, see `phases.PhaseClock`; P is 0 where it is off.
     """
 
     losses: list[float]
@@ -34,6 +35,7 @@ class GlobalStats:
     exposed_all_to_all_seconds: float
     waiting_seconds: float
     bytes_sent: int
+    own_seconds: Tensor
 
 
 class StepStats:
@@ -53,18 +55,21 @@ class StepStats:
         if routing.coactivation.numel():
             self._pairs = _plus(self._pairs, routing.coactivation)
 
-    def reduce(self, ranks: Communicator, traffic: Traffic) -> GlobalStats:
+    def reduce(self, ranks: Communicator, traffic: Traffic, own_seconds: Sequence[float] = ()) -> GlobalStats:
         """Sums over all ranks; collective.
 
         Args:
             ranks: all ranks of the global batch. traffic: of this rank's all-to-all during the step.
+            own_seconds: of this rank by phase, as many on every rank.
         """
         assert self._sums is not None and self._changed is not None and self._entropy is not None
-        seconds = torch.zeros(ranks.size, dtype=torch.float64)
-        seconds[ranks.rank] = traffic.exposed_seconds
+        table = torch.zeros(ranks.size, 1 + len(own_seconds), dtype=torch.float64)
+        table[ranks.rank] = torch.tensor([traffic.exposed_seconds, *own_seconds], dtype=torch.float64)
         sent = torch.tensor([float(traffic.bytes_sent)], dtype=torch.float64)
-        own = [self._sums.cpu(), self._changed.double().cpu(), self._entropy.cpu(), sent, seconds]  # counts < 2**53
-        sums, changed, entropy, sent, seconds = ranks.all_reduce(torch.cat(own)).split([len(part) for part in own])
+        changed = self._changed.double().cpu()  # counts < 2**53
+        own = [self._sums.cpu(), changed, self._entropy.cpu(), sent, table.flatten()]
+        sums, changed, entropy, sent, flat = ranks.all_reduce(torch.cat(own)).split([len(part) for part in own])
+        seconds, own_table = flat.view(table.shape).split([1, len(own_seconds)], dim=1)
         *losses, sequence, batch = sums.tolist()
         return GlobalStats(
             losses=losses,
@@ -77,6 +82,7 @@ class StepStats:
             exposed_all_to_all_seconds=traffic.exposed_seconds,
             waiting_seconds=float((seconds - seconds.min()).mean()),
             bytes_sent=int(sent),
+            own_seconds=own_table,
         )
 
 

@@ -32,8 +32,13 @@ def submit(options: Any) -> int:
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS")
     plan = preflight.check(
         options.config, options.assignments, run=options.run, launcher="ray", resume=options.resume,
-        accepted=options.accept_change, local_cluster=not address,
+        accepted=options.accept_change, local_cluster=not address, insecure=options.insecure,
     )  # fmt: skip
+    if address and not options.insecure:
+        from cluster.ray_access import dashboard_problems
+
+        if problems := dashboard_problems(address):
+            raise ConfigError(problems)
     for note in plan.notes:
         say(note)
     if plan.done:
@@ -74,6 +79,7 @@ def _run_job(plan: Plan, options: Any, address: str, token: str | None) -> int:
 
     command = ["python", "-m", "launch", "train", CONFIG_FILE, "--launcher", "ray", "--run", str(plan.run)]
     command += ["--resume", plan.resume, *(f"--accept-change={key}" for key in plan.accepted)]
+    command += ["--insecure"] if options.insecure else []
     command += ["--no-summary"] if options.no_summary else []
     command += ["--json"] if options.json else []
     if token is not None:  # a local cluster: the job runs under this very interpreter

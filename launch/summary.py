@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.foreign import NOT_RESUMABLE
+from launch.accounting import in_words, read_account
 from launch.evaluate import evaluate
 from launch.load import load_run
 from launch.report import summarize, write_report
@@ -112,11 +113,13 @@ def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:
     ]
     if not figures.get("bias_abs_max"):  # this is the run without it
         without_bias = []
+    account = read_account(run)
     return [
         "",
         f"  Run {run.path.name}: {figures.get('steps', '-')} steps",
         f"  loss              {number('loss_first', '.3f')} -> {number('loss_last', '.3f')} nats a token",
         f"  speed             {number('tokens_per_second', ',.0f')} tokens/s (median)",
+        *([f"  time              {in_words(account)}"] if account else []),
         f"  max_vio           {number('max_vio_first', '.2f')} -> {number('max_vio_last', '.2f')} "
         f"(0 is perfect balance; noise floor {number('max_vio_floor', '.2f')})",
         *heldout,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from cluster.causes import Names, Place
@@ -11,10 +11,13 @@ from cluster.context import LaunchResult
 from cluster.signals import StopSignals
 from cluster.supervisor import Generation, OneMachine, Policy, Pool, Surroundings, supervise
 from cluster.worlds import legal_worlds
+from launch.accounting import record_account
 from launch.config import Config
 from launch.preflight import Plan
+from launch.resume import checkpoint_root
 from launch.runfolder import RunFolder
 from launch.sections import read_place
+from parallel.roots import Root, newest_step, quickly, readable
 
 # Exceptions whose cause their class tells, wherever they were raised; base classes count.
 NAMES = Names(
@@ -46,9 +49,17 @@ def run_supervised(
         wait_for_nodes_s=spec.wait_for_nodes_s,
     )
 
+    accounts: list[Thread] = []
+
+    def account_beside(why: str, step: int) -> None:
+        """Reading a long run's records takes seconds, for which no restart should wait."""
+        accounts.append(Thread(target=record_account, args=(run, why), kwargs={"step": step}, daemon=True))
+        accounts[-1].start()
+
     def event(kind: str, *, cause: str, **more: Any) -> None:
         run.event(kind, cause=cause, **more)
         if kind == "restart":
+            account_beside(f"restart {more['generation']}", more["step"])
             say(f"restart {more['generation']}: from step {more['step']} with {more['workers']} workers")
 
     def one(generation: Generation) -> LaunchResult:
@@ -56,7 +67,7 @@ def run_supervised(
 
     with StopSignals() as signals:
         around = Surroundings(
-            committed=lambda: newest_committed(Path(config.checkpoint.dir or run.checkpoints)),
+            committed=lambda: newest_committed(checkpoint_root(config, run)),
             place=lambda generation, rank: read_place(run.logs, generation, rank),
             legal=lambda limit: largest_world(config, limit),
             event=event,
@@ -67,6 +78,8 @@ def run_supervised(
         try:
             return supervise(one, policy, around, signals.stop, pool or OneMachine())
         finally:
+            for account in accounts:
+                account.join(60.0)
             run.close()
 
 
@@ -84,10 +97,12 @@ def payload_of(payload: dict[str, Any], config: Config, generation: Generation) 
     }
 
 
-def newest_committed(root: Path) -> int:
-    """Step of the newest checkpoint that was published; 0 when there is none."""
-    steps = [int(path.parent.name.removeprefix("step-")) for path in root.glob("step-*/COMMIT")]
-    return max(steps, default=0)
+def newest_committed(root: Root) -> int:
+    """Step of the newest checkpoint that was published; 0 when there is none, or an address does not answer."""
+    try:
+        return newest_step(quickly(root))
+    except OSError:
+        return 0
 
 
 def largest_world(config: Config, limit: int) -> int | None:
@@ -113,7 +128,7 @@ def keep_samples(config: Config, run: RunFolder, place: Place) -> str:
     from data.mixture import open_data, plan_of
     from data.provenance import origins
 
-    dataset, cursor = open_data(config.data), _saved_cursor(Path(config.checkpoint.dir or run.checkpoints))
+    dataset, cursor = open_data(config.data), _saved_cursor(checkpoint_root(config, run))
     try:
         plan, batch_size = plan_of(dataset, config.data, config.train.global_batch_size), config.train.global_batch_size
         if cursor is None:
@@ -130,10 +145,10 @@ def keep_samples(config: Config, run: RunFolder, place: Place) -> str:
     return f"its samples are listed in {path}"
 
 
-def _saved_cursor(root: Path) -> dict[str, Any] | None:
+def _saved_cursor(root: Root) -> dict[str, Any] | None:
     """The data cursor of the newest published checkpoint, None where none can be read."""
-    step = newest_committed(root)
     try:
-        return json.loads((root / f"step-{step:08d}" / "manifest.json").read_text())["cursor"] if step else None
+        found = readable(quickly(root))
+        return json.loads((found[-1] / "manifest.json").read_text())["cursor"] if found else None
     except (OSError, ValueError, KeyError):
         return None

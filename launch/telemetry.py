@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from launch import balance_stats
+from launch.accounting import Running, read_account
 from launch.alarms import Alarm
 from launch.charts import FLOOR_LINE, chart_layout, floor_tags, scalar_tags, tag_part
 from launch.console import Console, Mode
-from launch.runfolder import RunFolder
+from launch.runfolder import RunFolder, process_clock
 from launch.step_record import StepRecord, derive
 from launch.tensorboard import TensorBoard
 
@@ -52,6 +53,7 @@ class Telemetry:
         self._config = config
         self._heatmap_every, self._loads_every = heatmap_every, loads_every
         self._layer_names: list[str] | None = None
+        self._running: Running | None = None
         if main:
             tensorboard.text(0, "configuration", config_markdown(config))
 
@@ -80,7 +82,8 @@ class Telemetry:
         if self._layer_names is None:
             self._layer_names = balance_stats.layer_names(self._config, counts.shape[0])
         every = self._loads_every or (1 if counts.size <= LOADS_EVERY_STEP_LIMIT else self._heatmap_every)
-        figures = derive(record, with_loads=first or record.step % every == 0)
+        clock = process_clock()
+        figures = {**derive(record, with_loads=first or record.step % every == 0), **clock}
         self.run.metrics.append(figures)
         self.console.step(figures)
         if record.coactivation is not None and counts.size:
@@ -89,9 +92,21 @@ class Telemetry:
             if first and counts.size:
                 self.tensorboard.layout(chart_layout())
             self.tensorboard.scalars(record.step, scalar_tags(figures, self._layer_names))
+            if self._running is not None:
+                self.tensorboard.scalars(record.step, self._running.add(figures, clock["seconds"]))
             self.tensorboard.scalars(record.step, floor_tags(counts, self._layer_names), line=FLOOR_LINE)
             if counts.size and (first or record.step % self._heatmap_every == 0):
                 self._draw(record, counts)
+
+    def open_account(self, kind: str) -> None:
+        """Takes stock of where the run's time went so far; from here on TensorBoard shows it step by step.
+
+        Args:
+            kind: what the time since the last record was, `starting` or `lost`.
+        """
+        if self.main and self.tensorboard.available:
+            found = read_account(self.run)
+            self._running = None if found is None else Running(found, process_clock()["seconds"], kind)
 
     def event(self, kind: str, *, cause: str, **fields: Any) -> None:
         """Writes one event to events.jsonl, and a line of it to the console; see ``RunFolder.event``."""
@@ -124,6 +139,8 @@ class Telemetry:
             self.tensorboard.purge(step + 1)
             if dropped:
                 self.console.note(f"going on from step {step}; {dropped} later steps are done again: {cause}")
+            if self._running is not None:
+                self.open_account("lost")
 
     def close(self) -> None:
         """Flushes and closes the files, and leaves the terminal in order."""
@@ -152,7 +169,7 @@ class Telemetry:
 
 def event_line(event: Mapping[str, Any]) -> str:
     """An event as one line for people: ``save at step 100: every 100 steps (seconds_taken 0.4)``."""
-    known: tuple[str, ...] = ("time", "seconds", "kind", "cause", "step")
+    known: tuple[str, ...] = ("time", "seconds", "process", "kind", "cause", "step")
     if event["kind"] == "alarm":  # the cause says all of it
         known = tuple(event)
     rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value is not None)

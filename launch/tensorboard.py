@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from cluster.redact import redact
+
 
 def png_bytes(image: np.ndarray) -> bytes:
     """An RGB image, (height, width, 3) uint8, as a PNG file."""
@@ -129,7 +131,7 @@ class TensorBoard:
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Writes a text, shown as Markdown under TensorBoard's Text tab."""
         if self._writer is not None:
-            self._add_string(step, tag, markdown.encode(), "text", (1,))
+            self._add_string(step, tag, redact(markdown).encode(), "text", (1,))
 
     def flush(self) -> None:
         if self._writer is not None:

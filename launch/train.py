@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,9 @@ def train(session: Session, first_step: int) -> dict:
                 engine.backward(losses.total, last=number == len(batches) - 1)
             stats.add(losses, output.routing)
             balancer.add(output.routing)
-        sums = stats.reduce(ranks.dp, ranks.ep.traffic.reset())
+        session.speed.clock.mark("agree")
+        sums = stats.reduce(ranks.dp, own_seconds=session.speed.clock.take(), traffic=ranks.ep.traffic.reset())
+        session.speed.clock.mark("optimizer")
         loss = sums.losses[0] / max(1, agreed.targets[0])
         verdict = session.guard.judge(step, loss, engine.grad_norm())  # the same on every rank
         lr = learning_rate(config.optimizer, engine.optimizer_steps, config.train.steps)
@@ -80,7 +83,8 @@ def train(session: Session, first_step: int) -> dict:
         session.tokens += agreed.targets[0]
         if ranks.dp.rank == 0:
             session.run.ledger.append({**session.stream.ledger_line(step, agreed.consumed), "step": step + 1})
-        session.telemetry.log_step(meter.record(step, sums, agreed.targets, lr, bias_rate, counts))
+        extra = {"skipped": not verdict.keep, **session.speed.judge(step + 1, sums.own_seconds, counts)}
+        session.telemetry.log_step(meter.record(step, sums, agreed.targets, lr, bias_rate, counts, extra))
         if verdict.then != "go on":
             session.saves.settle()
             if verdict.then == "stop":
@@ -174,12 +178,14 @@ def agree_on_step(session: Session, step: int, batches: list[MicroBatch], troubl
         ],
         dtype=torch.int64,
     )  # fmt: skip
+    session.speed.clock.mark("agree")
     *total, consumed, masked, failed, stop, saved = session.ranks.dp.all_reduce(torch.cat((targets, own))).tolist()
     if trouble is not None:
         raise trouble
     if failed:
         raise DataError(f"{failed} of the other ranks could not read the data of step {step + 1}; they say why")
-    session.saves.poll(saved)
+    with session.saves.holding():
+        session.saves.poll(saved)
     before = session.masked
     session.masked = stream.check_damage(masked)
     if session.masked > before:
@@ -212,6 +218,7 @@ class Meter:
         self.last = time.perf_counter()
         self.steps_recorded = 0
         session.telemetry.event("peak", cause=self.peak_source, flops_per_second=round(self.peak))
+        session.telemetry.open_account("starting")
 
     def draws(self, step: int) -> bool:
         """Whether this step's record is drawn as pictures, which need statistics of their own."""
@@ -219,9 +226,10 @@ class Meter:
         return self.steps_recorded == 0 or (step + 1) % every == 0
 
     def record(
-        self, step: int, sums: GlobalStats, targets: list[int], lr: float, bias_rate: float, counts: Tensor
-    ) -> StepRecord:
-        """One step's record; `sums`, `targets` and `counts` are global."""
+        self, step: int, sums: GlobalStats, targets: list[int], lr: float, bias_rate: float, counts: Tensor,
+        extra: dict[str, Any],
+    ) -> StepRecord:  # fmt: skip
+        """One step's record; `sums`, `targets` and `counts` are global, `extra` are further figures."""
         session = self.session
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
@@ -260,4 +268,5 @@ class Meter:
             coactivation=sums.coactivation,
             placement=session.placement.table,
             epoch=session.stream.epoch(step),
+            extra={"save_seconds": round(session.saves.take_held(), 6), **extra},
         )

@@ -120,7 +120,8 @@ def _train(
         if prepare is not None:
             prepare(session)
         result = train(session, first_step)
-        session.telemetry.event("stop", cause=result["status"], step=result["step"])
+        saving = round(session.saves.take_held(), 3)
+        session.telemetry.event("stop", cause=result["status"], step=result["step"], seconds_saving=saving)
         return result
     except RuntimeError as error:  # a rank may be gone that this one did not wait for
         ranks.watch.explain(error)

@@ -3,7 +3,7 @@
 #
 #   launch/jobs/ray_cluster.sh token                     once: makes the token; copy its file to every machine
 #   launch/jobs/ray_cluster.sh head                      on the first machine (stays in the foreground)
-#   launch/jobs/ray_cluster.sh worker HEAD_HOST          on every other machine (stays in the foreground)
+#   launch/jobs/ray_cluster.sh worker HEAD_HOST          on every other machine (stays in the foreground; SIGTERM drains)
 #   launch/jobs/ray_cluster.sh submit CONFIG [key.path=value ...] [--run DIR]     on the head, follows the log
 #
 # The dashboard listens on the head's loopback only. From elsewhere: ssh -L 8265:127.0.0.1:8265 HEAD_HOST, then submit
@@ -21,6 +21,7 @@ bin=${TRIMTAB_BIN:-$root/.venv/bin}
 token=${TRIMTAB_RAY_TOKEN:-$HOME/.config/trimtab/ray-token}
 port=${RAY_HEAD_PORT:-6379}
 dashboard=${RAY_DASHBOARD_PORT:-8265}
+grace=${TRIMTAB_STOP_GRACE_S:-90} # from the notice that a worker's machine goes until its Ray is ended
 [ $# -ge 1 ] || usage
 command=$1
 shift
@@ -52,7 +53,25 @@ head)
     ;;
 worker)
     [ $# -eq 1 ] || usage
-    exec "$bin/ray" start --block --disable-usage-stats ${node_ip[@]+"${node_ip[@]}"} --address "$1:$port"
+    head=$1
+    set -m # Ray gets its own process group, so that Ctrl-C reaches this script alone
+    "$bin/ray" start --block --disable-usage-stats ${node_ip[@]+"${node_ip[@]}"} --address "$head:$port" &
+    node=$!
+    # SIGTERM, as a spot machine or an init system gives it, and Ctrl-C: the ranks here save and leave before Ray ends.
+    leave() {
+        trap 'kill -TERM "$node" 2>/dev/null' INT TERM # a second time: at once
+        echo "ray_cluster.sh: leaving the cluster; up to $grace s to save" >&2
+        PYTHONPATH=$root "$bin/python" -m cluster.drain --address "$head:$port" --seconds "$grace" || true
+        kill -TERM "$node" 2>/dev/null || true
+    }
+    trap leave INT TERM
+    status=0
+    wait "$node" || status=$?
+    while kill -0 "$node" 2>/dev/null; do # the wait was interrupted by a signal, not ended
+        status=0
+        wait "$node" || status=$?
+    done
+    exit "$status"
     ;;
 submit)
     [ $# -ge 1 ] || usage

@@ -40,11 +40,16 @@ def stopped_and_resumable(process: subprocess.Popen, run: Path, trimtab, again: 
         time.sleep(0.2)
     (checkpoint,) = [path for path in (run / "checkpoints").iterdir() if (path / "COMMIT").exists()]
     step = int(checkpoint.name.removeprefix("step-"))
-    assert [event["kind"] for event in events(run)][-1] == "stop"
+    *_, end, account = events(run)
+    assert [event["kind"] for event in events(run)][-3:] == ["stop", "end", "accounting"]
+    assert (end["cause"], end["exit_status"], account["launches"]) == ("stopped", 75, 1)
     done = trimtab(*again, config, f"train.steps={step + 2}", "--run", run, "--no-summary")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resume at step {step}" in done.stdout
     assert [record["step"] for record in metrics(run)] == list(range(1, step + 3))
+    account = events(run)[-1]  # of both launches: a stop on request costs no step, and is no fault
+    assert (account["launches"], account["generations"], account["steps"]) == (2, 2, step + 2)
+    assert (account["lost_steps"], account["lost_seconds"], account["interruptions"]) == (0, 0.0, {})
 
 
 @pytest.mark.slow

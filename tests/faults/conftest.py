@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from parallel.remote import RemotePath
+
 ROOT = Path(__file__).resolve().parents[2]
 TRIMTAB = [sys.executable, "-m", "launch"]
 
@@ -113,13 +115,13 @@ def committed_steps(run: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*/COMMIT"))
 
 
-def state_hash(run: Path, step: int) -> dict[str, str]:
+def state_hash(root: Path | RemotePath, step: int) -> dict[str, str]:
     """The hash of everything that a checkpoint holds of weights, moments and biases, by tensor and kind."""
     import hashlib
 
     from parallel.checkpoint import CheckpointReader, open_checkpoint
 
-    saved = open_checkpoint(run / "checkpoints" / f"step-{step:08d}")
+    saved = open_checkpoint(root / f"step-{step:08d}")
     reader = CheckpointReader(saved)
     hashes = {}
     for name, entry in saved.manifest["tensors"].items():
@@ -132,8 +134,11 @@ def state_hash(run: Path, step: int) -> dict[str, str]:
     return hashes
 
 
-def assert_one_history(run: Path, other: Path, step: int = 6) -> None:
-    """Both runs have the same committed metrics and ledger, and the same state after `step` steps, bit for bit."""
+def assert_one_history(run: Path, other: Path, step: int = 6, checkpoints: RemotePath | None = None) -> None:
+    """Both runs have the same committed metrics and ledger, and the same state after `step` steps, bit for bit.
+
+    checkpoints: where those of `run` lie, if not in its folder.
+    """
     from launch.runfolder import RunFolder, committed_ledger, committed_metrics
 
     mine, theirs = committed_metrics(RunFolder(run)), committed_metrics(RunFolder(other))
@@ -141,5 +146,5 @@ def assert_one_history(run: Path, other: Path, step: int = 6) -> None:
     for key in ("loss", "mtp_loss", "grad_norm", "tokens_per_expert", "expert_bias", "tokens", "lr"):
         assert [record[key] for record in mine] == [record[key] for record in theirs], key
     assert committed_ledger(RunFolder(run)) == committed_ledger(RunFolder(other))
-    hashes = state_hash(run, step)
-    assert hashes and hashes == state_hash(other, step)
+    hashes = state_hash(checkpoints or run / "checkpoints", step)
+    assert hashes and hashes == state_hash(other / "checkpoints", step)

@@ -1,4 +1,7 @@
-"""Runs of the debug launcher as forks of one process: `python -m tests.faults.forks CONFIG FOLDER POINT...`."""
+"""Runs of the debug launcher as forks of one process: `python -m tests.faults.forks CONFIG FOLDER POINT...`.
+
+A point `objects:NAME` keeps the run's checkpoints at an address of `tests.object_store` instead of in a folder.
+"""
 
 import json
 import os
@@ -6,7 +9,9 @@ import sys
 from pathlib import Path
 
 from launch.cli import main as trimtab
-from parallel.checkpoint import committed, damaged_files, open_checkpoint
+from parallel.checkpoint import damaged_files, open_checkpoint
+from parallel.roots import committed, drafts, root_of
+from tests import object_store
 
 
 def forked(*arguments: str) -> int:
@@ -32,17 +37,22 @@ def main(config: str, folder: str, *points: str) -> int:
     common = ("train", config, "--launcher", "debug", "--no-summary", "checkpoint.keep=2")
     if forked(*common, "--run", f"{folder}/undisturbed"):
         return 1
-    for point in points:
-        command = (*common, "--run", f"{folder}/{point}", f"faults.inject=kill@step=4,phase=save,at={point}")
+    object_store.register()
+    for name in points:
+        where, _, point = name.rpartition(":")
+        address = f"objects://bucket/{point}" if where else ""
+        command = (*common, "--run", f"{folder}/{name}", f"faults.inject=kill@step=4,phase=save,at={point}")
+        command += (f"checkpoint.dir={address}",) if address else ()
         first = forked(*command)
-        root = Path(folder, point, "checkpoints")
+        root = root_of(address or f"{folder}/{name}/checkpoints", 20.0)
         readable = [path for path in committed(root) if not damaged_files(open_checkpoint(path))]
         told = {
             "readable": [open_checkpoint(path).step for path in readable],
-            "drafts": [path.name for path in root.iterdir() if path.name.startswith(".")],
+            "drafts": [path.name for path in drafts(root)],
         }
         told["statuses"] = [first, forked(*command)]
-        Path(folder, f"{point}.json").write_text(json.dumps(told))
+        told["left"] = [path.name for path in (*committed(root), *drafts(root))]
+        Path(folder, f"{name}.json").write_text(json.dumps(told))
     return 0
 
 

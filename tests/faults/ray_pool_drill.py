@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from cluster import ray_actors
 from cluster.config import ClusterConfig
+from cluster.drain import announce, nodes_here
 from cluster.ray_nodes import living_nodes
 from cluster.ray_pool import RayPool
 from cluster.staging import ROOMS
@@ -102,7 +103,9 @@ def main(folder: str) -> int:
         def drain(number: int) -> None:
             if number == 0:
                 wait_for_ranks(Path(folder, "drain"), 0, 2)
-                announce_end(others[1].node_id)
+                announce(cluster.address, [others[1].node_id], 60)  # what a machine says before it goes
+                assert others[1].node_id in {node.id for node in living_nodes()}
+                assert set(nodes_here(cluster.address)) == {node.id for node in living_nodes()}
 
         told["drain"] = supervised(Path(folder, "drain"), [WAIT, ONCE], 3, drain)
         told["drain"]["victim"] = others[1].node_id
@@ -110,15 +113,6 @@ def main(folder: str) -> int:
         cluster.shutdown()
     print("\n" + json.dumps(told), flush=True)
     return 0
-
-
-def announce_end(node_id: str) -> None:
-    """What a cloud does before it takes a machine back."""
-    from ray._private.worker import global_worker
-
-    accepted, why = global_worker.gcs_client.drain_node(node_id, 2, "preempted", int((time.time() + 60) * 1000))
-    assert accepted, why
-    assert node_id in {node.id for node in living_nodes()}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from data.errors import DataError
 from launch.config import Config, layout_problems
 from launch.drills import DrillError, Faults
 from launch.faults import SAVE_POINTS, FaultsConfig, parse
+from launch.runfolder import utc_now
 from model.exchange import LocalExchange
 
 
@@ -38,7 +41,10 @@ def test_what_may_be_asked_for() -> None:
         ("kill@phase=save,at=lunch", "at=lunch needs phase=save and one of before_write"),
         ("kill@at=cleanup", "at=cleanup needs phase=save"),
         ("raise@phase=start,step=1", "phase=start is before the first step; leave step out"),
-        ("kill@seconds=3", "seconds=3 is for slow and hang"),
+        ("kill@seconds=3", "seconds=3 is for slow, hang and clock"),
+        ("slow@seconds=-1", "seconds=-1 must not be negative"),
+        ("clock@step=3", "clock needs seconds=..., by which it jumps"),
+        ("clock@seconds=inf", "clock needs seconds=..., by which it jumps"),
     ],
 )
 def test_every_mistake_is_named(text: str, said: str) -> None:
@@ -180,3 +186,16 @@ def test_slow_and_hang_take_their_time(monkeypatch) -> None:
     assert now[0] == pytest.approx(0.3)
     Faults("hang@step=1,seconds=7").at("forward", 1)
     assert now[0] == pytest.approx(7.3)
+
+
+def test_a_clock_jumps_back_and_forth_and_time_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", time.time)  # put back at the end
+    text = "clock@step=2,seconds=3600; clock@step=3,seconds=-7200; clock@rank=1,step=3,seconds=9"
+    assert FaultsConfig(text).problems() == []
+    faults = Faults(text)
+    real, steady = time.time, time.monotonic()
+    for step, ahead in ((1, 0), (2, 3600), (3, -3600), (4, -3600)):
+        faults.at("forward", step)
+        assert abs(time.time() - real() - ahead) < 60
+    assert 0 <= time.monotonic() - steady < 600
+    assert utc_now() < datetime.fromtimestamp(real() - 3000, UTC).isoformat()

@@ -155,12 +155,15 @@ def test_events_have_a_time_and_a_cause(run: RunFolder) -> None:
     run.event("start", cause="trimtab train debug", world_size=2)
     run.event("save", cause="every 100 steps", step=100)
     first, second = read_records(run.events_path)
-    assert list(first) == ["time", "seconds", "kind", "cause", "world_size"]
+    assert list(first) == ["time", "seconds", "process", "kind", "cause", "world_size"]
     assert first["time"].endswith("Z") and 0 <= first["seconds"] <= second["seconds"]
+    assert first["process"] == second["process"] and first["process"].startswith(f"{os.getpid()}-")
     with pytest.raises(ValueError, match="give a kind, a cause"):
         run.event("stop", cause="")
     with pytest.raises(ValueError, match="seconds"):
         run.event("stop", cause="x", seconds=3)
+    with pytest.raises(ValueError, match="process"):
+        run.event("stop", cause="x", process="mine")
 
 
 def test_rewind_drops_later_steps_at_once(run: RunFolder) -> None:

@@ -237,7 +237,9 @@ def test_every_chart_of_the_layout_finds_its_figures(tmp_path: Path) -> None:
 
     telemetry = open_telemetry(tmp_path / "run")
     more: dict[str, Any] = {"changed_by_bias": torch.tensor([1, 2, 3]), "gate_entropy": torch.ones(3)}
-    telemetry.log_step(step_record(1, waiting_seconds=0.1, **more))
+    telemetry.run.event("launch", cause="trimtab train debug", seconds_before=2.0)
+    telemetry.open_account("starting")
+    telemetry.log_step(step_record(1, waiting_seconds=0.1, extra={"slowest_rank_ratio": 1.2}, **more))
     telemetry.close()
     events = read_back(telemetry.run)
     (stored,) = events.Tensors("custom_scalars__config__")
