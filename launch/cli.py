@@ -100,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     from launch.bench_commands import add_bench_commands
     from launch.checkpoint_commands import add_checkpoint_commands
     from launch.data_commands import add_data_commands
+    from launch.eval_commands import add_eval_command
 
+    add_eval_command(commands)
     add_checkpoint_commands(commands)
     add_data_commands(commands)
     add_bench_commands(commands)

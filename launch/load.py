@@ -17,7 +17,14 @@ from model.exchange import LocalExchange
 from model.naming import pieces
 from model.slots import local_experts
 from model.transformer import Transformer
-from parallel.checkpoint import CheckpointError, CheckpointReader, Saved, damaged_files, open_checkpoint
+from parallel.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    Saved,
+    damaged_files,
+    open_checkpoint,
+    step_of,
+)
 from parallel.roots import Root, readable
 
 
@@ -36,17 +43,12 @@ class LoadedRun:
         return self.dataset.tokenizer if self.dataset else foreign_tokenizer(self.config.data)
 
 
-def newest_checkpoint(run: RunFolder) -> Saved:
-    """The newest committed checkpoint of a run.
+def committed_checkpoints(folder: Path) -> list[Root]:
+    """The committed checkpoints of a run, oldest first, at least one.
 
     Raises:
         ConfigError: the folder is not a run, or has no checkpoint.
     """
-    return open_checkpoint(committed_checkpoints(run.path)[-1])
-
-
-def committed_checkpoints(folder: Path) -> list[Root]:
-    """The committed checkpoints of a run, oldest first, at least one; raises ConfigError like `newest_checkpoint`."""
     run = RunFolder(folder)
     if not run.is_run():
         raise ConfigError([f"{run.path} is not a run: it has no config.toml; give the folder of a run"])
@@ -60,17 +62,34 @@ def committed_checkpoints(folder: Path) -> list[Root]:
     return found
 
 
-def load_run(folder: Path, device: torch.device | None = None) -> LoadedRun:
+def checkpoint_at(folder: Path, step: int | None) -> Saved:
+    """A run's checkpoint of one step, or the newest where step is None.
+
+    Raises:
+        ConfigError: the folder is not a run, or has no such checkpoint; those that it has are named.
+    """
+    paths = committed_checkpoints(folder)
+    if step is None:
+        return open_checkpoint(paths[-1])
+    found = [path for path in paths if step_of(path) == step]
+    if not found:
+        there = ", ".join(str(step_of(path)) for path in paths)
+        raise ConfigError([f"{folder} has no checkpoint of step {step}; there are {there}"])
+    return open_checkpoint(found[0])
+
+
+def load_run(folder: Path, device: torch.device | None = None, step: int | None = None) -> LoadedRun:
     """Loads weights (the fp32 masters) and biases into one process.
 
     Args:
         folder: the run's folder.
         device: where the model goes; None is the CPU.
+        step: which checkpoint; None is the newest.
 
     Raises:
-        ConfigError: no run, or no checkpoint. CheckpointError: a damaged file, named.
+        ConfigError: no run, or no such checkpoint. CheckpointError: a damaged file, named.
     """
-    saved = newest_checkpoint(RunFolder(folder))
+    saved = checkpoint_at(folder, step)
     wrong = damaged_files(saved)
     if wrong:
         raise CheckpointError("; ".join(wrong))

@@ -87,6 +87,7 @@ def train(session: Session, first_step: int) -> dict:
         session.telemetry.log_step(meter.record(step, sums, agreed.targets, lr, bias_rate, counts, extra))
         if verdict.then != "go on":
             session.saves.settle()
+            ranks.dp.barrier()  # the first rank to fail ends all others: rank 0 must have written why by then
             if verdict.then == "stop":
                 raise session.guard.lost(step, verdict)
             step = session.go_back(verdict, step)

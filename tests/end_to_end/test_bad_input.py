@@ -89,3 +89,12 @@ def test_print_config_is_toml(trimtab, config: Path) -> None:
     done = trimtab("train", config, "train.steps=11", "--print-config")
     assert done.returncode == 0
     assert tomllib.loads(done.stdout)["train"]["steps"] == 11
+
+
+def test_eval_names_every_mistake(trimtab, tmp_path: Path) -> None:
+    done = trimtab(
+        "eval", tmp_path / "no-run", "--window", "0", "--temperature", "-1", "--samples", "0", "--task-folder", tmp_path
+    )
+    refused(
+        done, "is not a run", "--window = 0", "--temperature = -1", "--samples = 0", "--task-folder without --tasks"
+    )

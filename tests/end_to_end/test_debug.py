@@ -1,12 +1,13 @@
 """Debug mode: one process, torch and numpy alone, a breakpoint anywhere, deterministic, names what is not finite."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import ROOT, metrics
+from tests.end_to_end.conftest import ROOT, events, metrics
 
 BARE = {"torch", "torchgen", "functorch", "numpy", "numpy.libs"}
 OF_TORCH = {"typing_extensions.py", "sympy", "mpmath", "jinja2", "markupsafe", "networkx", "fsspec", "filelock",
@@ -38,6 +39,7 @@ def test_runs_with_torch_and_numpy_alone(trimtab, config: Path, tmp_path: Path) 
         ["generate", run, "--prompt", "def ", "--max-new-tokens", "4"],
         ["data", "audit", run],
         ["report", run],
+        ["eval", run],
     ):
         # -S: without site-packages; what is linked above is all there is
         done = trimtab(
@@ -47,6 +49,10 @@ def test_runs_with_torch_and_numpy_alone(trimtab, config: Path, tmp_path: Path) 
         )
         assert done.returncode == 0, done.stdout + done.stderr
     assert [record["step"] for record in metrics(run)] == [1, 2, 3, 4, 5]
+    at_the_end = [event for event in events(run) if event["kind"] == "evaluation"][-1]
+    measured = json.loads((run / "evaluations.jsonl").read_text())
+    assert measured["step"] == 5 and measured["heldout"]["loss"] == at_the_end["heldout_loss"]
+    assert measured["heldout"]["bits_per_byte"] == at_the_end["bits_per_byte"]
     missing = trimtab(
         "train", config, "--launcher", "local", "--run", tmp_path / "zero",
         command=[sys.executable, "-S", str(tmp_path / "start.py")], PYTHONPATH=f"{ROOT}{os.pathsep}{site}",
