@@ -75,7 +75,7 @@ def checkpoint_at(folder: Path, step: int | None) -> Saved:
     if not found:
         there = ", ".join(str(step_of(path)) for path in paths)
         raise ConfigError([f"{folder} has no checkpoint of step {step}; there are {there}"])
-    return open_checkpoint(found[0])
+    return open_checkpoint(found[-1])
 
 
 def load_run(folder: Path, device: torch.device | None = None, step: int | None = None) -> LoadedRun:
