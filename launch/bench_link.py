@@ -42,7 +42,12 @@ class SlowCommunicator:
         self.far_bytes = 0
 
     def start_all_to_all(
-        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+        self,
+        rows: Tensor,
+        input_splits: list[int],
+        output_splits: list[int],
+        what: str = "all-to-all",
+        room: Tensor | None = None,
     ) -> Pending:
         """The inner transfer, held back until the link has carried what crosses it."""
         row = rows[:1].nbytes or rows.new_empty(1, *rows.shape[1:]).nbytes
@@ -51,7 +56,7 @@ class SlowCommunicator:
             for splits in (input_splits, output_splits)
         )
         self.far_bytes += out
-        pending = self.inner.start_all_to_all(rows, input_splits, output_splits, what)
+        pending = self.inner.start_all_to_all(rows, input_splits, output_splits, what, room)
         return _Held(self, pending, self.link.book(max(out, came)) if any(self.far) else 0.0)
 
     def all_to_all(self, rows: Tensor, input_splits: list[int], output_splits: list[int]) -> Tensor:

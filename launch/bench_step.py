@@ -82,7 +82,7 @@ def _measure(
             job = {
                 "way": name, "shape": asdict(shape), "data": str(data), "run": str(folder / f"{name}-{number}"),
                 "warm_up": options.warm_up, "steps": options.steps, "keep_freed_memory": WAYS[name].tuned,
-                "threads": options.threads if WAYS[name].few_threads else None,
+                "threads": WAYS[name].threads(options.threads, options.ranks),
                 "profile": options.profile and name == OURS and number == options.repeats - 1,
             }  # fmt: skip
             try:
@@ -124,8 +124,10 @@ def table_rows(found: Mapping[str, Sequence[Mapping[str, Any]]], n_tokens: int) 
 
 
 def _ours_over(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    """Our tokens a second over this way's, of medians; None where ours was not measured."""
-    ours = next((one for one in rows if (one["routing"], one["way"]) == (row["routing"], OURS)), None)
+    """Our tokens a second over this way's, of medians, ours as launched beside those that are; None where that was not
+    measured."""
+    name = f"{OURS} as launched" if _launched(row["way"]) else OURS
+    ours = next((one for one in rows if (one["routing"], one["way"]) == (row["routing"], name)), None)
     return None if ours is None else ours["tokens_per_second"].median / row["tokens_per_second"].median
 
 
@@ -160,16 +162,26 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
         f"{where['processor']}, {where['cores']} cores (load {where['load']}), threads of a rank "
         f"{facts['threads_per_rank']}, Gloo over loopback; "
         + ", ".join(f"{name} {found}" for name, found in where["packages"].items() if found),
-        f"{'way':<26}{'routing':<9}{'tokens/s':>9}{'least':>8}{'most':>8}{'ours/it':>9}{'exposed ms':>11}{'MiB':>7}"
+        f"{'way':<26}{'tokens/s':>9}{'least':>8}{'most':>8}{'ours/it':>9}{'exposed ms':>11}{'MiB':>7}"
         f"{'first loss':>12}{'last loss':>11}",
     ]
-    for row in sorted(rows, key=lambda row: (ROUTINGS.index(row["routing"]), -row["tokens_per_second"].median)):
+    ordered = sorted(
+        rows,
+        key=lambda row: (
+            _launched(row["way"]), ROUTINGS.index(row["routing"]), -row["tokens_per_second"].median,
+        ),
+    )  # fmt: skip
+    part = None
+    for row in ordered:
+        if (_launched(row["way"]), row["routing"]) != part:
+            part = (_launched(row["way"]), row["routing"])
+            lines.append(_heading(part[0], part[1], facts["threads_per_rank"]))
         rate = row["tokens_per_second"]
         ratio = "" if row["ours_over_it"] is None else f"{row['ours_over_it']:.2f}"
         exposed = "" if row["exposed"] is None else f"{row['exposed'].median * 1e3:.0f}"
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         lines.append(
-            f"{row['way']:<26}{row['routing']:<9}{rate.median:>9.0f}{rate.least:>8.0f}{rate.greatest:>8.0f}{ratio:>9}"
+            f"{row['way']:<26}{rate.median:>9.0f}{rate.least:>8.0f}{rate.greatest:>8.0f}{ratio:>9}"
             f"{exposed:>11}{peak:>7}{row['first_loss']:>12.6f}{row['last_loss']:>11.6f}"
         )
     lines += [*facts["verdicts"], *(f"{name}: {reason}" for name, reason in facts["absent"].items())]
@@ -180,6 +192,20 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
             for one in facts["profile"]
         ]
     return "\n".join(lines)
+
+
+def _launched(way: str) -> bool:
+    return way in WAYS and WAYS[way].as_launched
+
+
+def _heading(launched: bool, routing: str, threads: int) -> str:
+    """Over the rows that are to be read together."""
+    if launched:
+        return (
+            f"{routing} routing, as launched: ours with the cores shared out among ranks, peers with what torch and "
+            "the C library do by themselves"
+        )
+    return f"{routing} routing, everyone with {threads} thread{'s' * (threads > 1)} a rank"
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.entry import thread_count
 from cluster.flag import StopFlag
 from data.config import DataConfig
 from data.stream import MicroBatch
@@ -149,29 +150,36 @@ class Way:
     """peer: makes it, of (shape, rank, ranks, seed); None is ours. spreads: experts over all ranks, of ours.
 
     tuned: with our settings of the C library's allocator, which a peer's user would not have.
-    few_threads: with as many threads as the benchmark says, not as many as torch takes by itself (one a core). torchrun
-    sets one thread for each process; DeepSpeed's launcher leaves it to torch unless told to bind cores.
+    as_launched: with the threads that its own launcher gives a process, not those that the benchmark says. Ours shares
+    the cores out; a peer's is taken to leave them to torch, one a core, as DeepSpeed's does unless told to bind cores
+    and whoever starts processes by other means. torchrun sets one thread.
     """
 
     peer: Callable[[StepShape, int, int, int], Peer] | None
     packages: tuple[str, ...] = ("deepspeed",)
     spreads: bool = True
     tuned: bool = True
-    few_threads: bool = True
+    as_launched: bool = False
+
+    def threads(self, said: int, ranks: int) -> int | None:
+        """Of each process; None for what torch takes by itself."""
+        if not self.as_launched:
+            return said
+        return thread_count(0, ranks) if self.peer is None else None
 
 
 def _auto_ep(grouped: bool, launched: bool = False) -> Way:
     def make(shape: StepShape, rank: int, ranks: int, seed: int) -> Peer:
         return AutoEP(shape, rank, ranks, grouped, seed)
 
-    return Way(make, ("deepspeed", "transformers"), tuned=not launched, few_threads=not launched)
+    return Way(make, ("deepspeed", "transformers"), tuned=not launched, as_launched=launched)
 
 
-def _data_parallel(experts: str, tuned: bool = True) -> Way:
+def _data_parallel(experts: str, tuned: bool = True, launched: bool = False) -> Way:
     def make(shape: StepShape, rank: int, ranks: int, seed: int) -> Peer:
         return DataParallel(shape, experts, seed)
 
-    return Way(make, ("transformers",), tuned=tuned)
+    return Way(make, ("transformers",), tuned=tuned and not launched, as_launched=launched)
 
 
 WAYS: dict[str, Way] = {
@@ -179,10 +187,13 @@ WAYS: dict[str, Way] = {
     "trimtab, ep 1": Way(None, spreads=False),
     "DeepSpeed AutoEP": _auto_ep(grouped=True),
     "DeepSpeed AutoEP, loop": _auto_ep(grouped=False),
-    "AutoEP as launched": _auto_ep(grouped=True, launched=True),
     "transformers eager": _data_parallel("eager"),
     "transformers grouped_mm": _data_parallel("grouped_mm"),
     "eager as installed": _data_parallel("eager", tuned=False),
+    "trimtab as launched": Way(None, as_launched=True),
+    "AutoEP as launched": _auto_ep(grouped=True, launched=True),
+    "eager as launched": _data_parallel("eager", launched=True),
+    "grouped_mm as launched": _data_parallel("grouped_mm", launched=True),
 }
 
 

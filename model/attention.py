@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.attention import causal_attention
 from kernels.rope import rotate
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm
@@ -74,19 +74,11 @@ class Attention(nn.Module):
 
         cos, sin = cos[:, None], sin[:, None]  # (S, 1, r/2): the same turn for every head
         plain, turned = queries.split([self.nope, self.rope], dim=-1)
-        queries = torch.cat([plain, rotate(turned, cos, sin)], dim=-1)
+        # Moved to (B, H, S, .) before they are put together, which writes them in that order without another copy.
+        queries = torch.cat([plain.transpose(1, 2), rotate(turned, cos, sin).transpose(1, 2)], dim=-1)
         shared_key = rotate(shared_key.unsqueeze(2), cos, sin).expand(-1, -1, self.n_heads, -1)  # (B, S, H, r)
-        keys, values = expanded.split([self.nope, self.value], dim=-1)
-        keys = torch.cat([keys, shared_key], dim=-1)  # (B, S, H, q)
-        # Unequal widths of keys and values would take the slow path that forms all S*S products; zeros are exact.
-        values = F.pad(values, (0, max(0, self.nope + self.rope - self.value)))
-        out = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-        )  # (B, H, S, q)
-        out = out.transpose(1, 2)[..., : self.value].reshape(batch, seq_len, -1)  # (B, S, H*v)
+        keys, values = expanded.transpose(1, 2).split([self.nope, self.value], dim=-1)
+        keys = torch.cat([keys, shared_key.transpose(1, 2)], dim=-1)  # (B, H, S, q)
+        out = causal_attention(queries, keys, values, self.scale, mask)  # (B, H, S, v)
+        out = out.transpose(1, 2).reshape(batch, seq_len, -1)  # (B, S, H*v)
         return self.o_proj(out)

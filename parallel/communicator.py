@@ -87,9 +87,15 @@ class Communicator(Protocol):
         ...
 
     def start_all_to_all(
-        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+        self,
+        rows: Tensor,
+        input_splits: list[int],
+        output_splits: list[int],
+        what: str = "all-to-all",
+        room: Tensor | None = None,
     ) -> Pending:
-        """The same, returning before it is over; `what` names it should a rank not come."""
+        """The same, returning before it is over; `what` names it should a rank not come. room: where to put what
+        comes, contiguous; None for memory of its own."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -119,10 +125,15 @@ class SingleCommunicator:
         return rows
 
     def start_all_to_all(
-        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+        self,
+        rows: Tensor,
+        input_splits: list[int],
+        output_splits: list[int],
+        what: str = "all-to-all",
+        room: Tensor | None = None,
     ) -> Pending:
         """Returns the rows as they are."""
-        return Arrived(rows)
+        return Arrived(rows if room is None else room.copy_(rows))
 
     def gather(self, value: Any) -> list[Any]:
         """Returns the value alone."""
@@ -212,10 +223,15 @@ class ProcessCommunicator:
         return self.start_all_to_all(rows, input_splits, output_splits).wait()
 
     def start_all_to_all(
-        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+        self,
+        rows: Tensor,
+        input_splits: list[int],
+        output_splits: list[int],
+        what: str = "all-to-all",
+        room: Tensor | None = None,
     ) -> Pending:
         """Several may be under way at once; every rank starts them in the same order."""
-        received = rows.new_empty((sum(output_splits), *rows.shape[1:]))
+        received = rows.new_empty((sum(output_splits), *rows.shape[1:])) if room is None else room
         sent = rows.contiguous()
         row_bytes = rows.element_size() * math.prod(rows.shape[1:])
         self.traffic.bytes_sent += (sum(input_splits) - input_splits[self.rank]) * row_bytes

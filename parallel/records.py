@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.fp8 import dequantize_rows, quantize_rows
 from parallel.wire import PayloadName
 
-_FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 _WORD = 4
 
 
@@ -33,51 +33,60 @@ def forms(payload: PayloadName, compute: torch.dtype) -> tuple[Form, Form]:
     return Form(dtype), Form(dtype)
 
 
-def pack(rows: Tensor, form: Form, *trailers: Tensor) -> Tensor:
+def pack(rows: Tensor, form: Form, *trailers: Tensor, index: Tensor | None = None) -> Tensor:
     """Writes records.
 
     Args:
-        rows: (P, D).
+        rows: (P, D), or any number of rows where `index` says which are meant.
         trailers: (P, n) each, of 4-byte numbers.
+        index: (P,) int64, or None for all rows in order.
 
     Returns:
         (P, D) in the form's dtype where nothing follows the rows, otherwise (P, bytes) uint8.
     """
     if form.scaled:
-        scale = rows.detach().abs().amax(1, keepdim=True).float().clamp(min=1e-12) / _FP8_MAX  # (P, 1)
-        rows = (rows / scale).to(form.dtype)
-        trailers = (scale, *trailers)
+        values, scales = quantize_rows(rows if index is None else rows.index_select(0, index))
+        return _records(form, values, None, (scales[:, None], *trailers))
+    rows = rows.to(form.dtype)  # before rows are copied out: fewer bytes
+    if trailers:
+        return _records(form, rows, index, trailers)
+    return rows if index is None else rows.index_select(0, index)
+
+
+def _records(form: Form, rows: Tensor, index: Tensor | None, trailers: tuple[Tensor, ...]) -> Tensor:
+    """(P, bytes) uint8: each row once copied, straight to its place."""
+    n_records = rows.shape[0] if index is None else index.shape[0]
+    end = rows.shape[1] * form.dtype.itemsize
+    start = -(-end // _WORD) * _WORD
+    width = start + _WORD * sum(trailer.shape[1] for trailer in trailers)
+    records = torch.empty(n_records, width, dtype=torch.uint8, device=rows.device)
+    records[:, end:start] = 0
+    place = records[:, :end].view(form.dtype)
+    if index is None:
+        place.copy_(rows)
     else:
-        rows = rows.to(form.dtype)
-    if not trailers:
-        return rows
-    parts = [_bytes(rows)]
-    if parts[0].shape[1] % _WORD:
-        parts.append(parts[0].new_zeros(rows.shape[0], -parts[0].shape[1] % _WORD))
-    return torch.cat([*parts, *map(_bytes, trailers)], dim=1)
+        torch.index_select(rows, 0, index, out=place)
+    for trailer in trailers:
+        stop = start + _WORD * trailer.shape[1]
+        records[:, start:stop].view(trailer.dtype).copy_(trailer)
+        start = stop
+    return records
 
 
-def _bytes(rows: Tensor) -> Tensor:
-    """(P, n) -> (P, bytes) uint8; flattened on the way, since a dimension of size 1 may have any stride."""
-    return rows.reshape(-1).view(torch.uint8).view(rows.shape[0], rows.shape[1] * rows.element_size())
-
-
-def unpack(
-    records: Tensor, form: Form, hidden: int, compute: torch.dtype, *trailers: tuple[int, torch.dtype]
-) -> tuple[Tensor, ...]:
+def unpack(records: Tensor, form: Form, into: Tensor, *trailers: tuple[int, torch.dtype]) -> list[Tensor]:
     """Reads what `pack` wrote.
 
     Args:
-        hidden: D.
-        compute: dtype of the rows returned.
+        into: (P, D), takes the rows, in its own dtype.
         trailers: width and 4-byte dtype of each trailer.
 
     Returns:
-        (P, D) contiguous rows, then each trailer (P, n).
+        Each trailer (P, n).
     """
     if not trailers and not form.scaled:
-        return (records.to(compute),)
-    end = hidden * form.dtype.itemsize
+        into.copy_(records)
+        return []
+    end = into.shape[1] * form.dtype.itemsize
     rows = records[:, :end].view(form.dtype)
     start = -(-end // _WORD) * _WORD
     found = []
@@ -87,5 +96,24 @@ def unpack(
         start = stop
     if form.scaled:
         scale, *found = found
-        return (rows.to(compute) * scale.to(compute), *found)
-    return (rows.to(compute).contiguous(), *found)
+        into.copy_(dequantize_rows(rows.contiguous(), scale[:, 0].contiguous(), into.dtype))
+    else:
+        into.copy_(rows)
+    return found
+
+
+def keep(rows: Tensor, form: Form, into: Tensor, index: Tensor | None = None) -> None:
+    """Copies rows that stay on their rank, with the rounding of the wire: a result must not depend on which of a
+    token's experts are at home."""
+    if not form.scaled and form.dtype == rows.dtype == into.dtype:
+        if index is None:
+            into.copy_(rows)
+        else:
+            torch.index_select(rows, 0, index, out=into)
+        return
+    if form.scaled:
+        values, scales = quantize_rows(rows if index is None else rows.index_select(0, index))
+        into.copy_(dequantize_rows(values, scales, into.dtype))
+        return
+    rows = rows.to(form.dtype)
+    into.copy_(rows if index is None else rows.index_select(0, index))

@@ -90,10 +90,16 @@ class ThreadCommunicator:
         return received
 
     def start_all_to_all(
-        self, rows: Tensor, input_splits: list[int], output_splits: list[int], what: str = "all-to-all"
+        self,
+        rows: Tensor,
+        input_splits: list[int],
+        output_splits: list[int],
+        what: str = "all-to-all",
+        room: Tensor | None = None,
     ) -> Pending:
         """Done when it returns: a thread has nobody to do it meanwhile."""
-        return Arrived(self.all_to_all(rows, input_splits, output_splits))
+        came = self.all_to_all(rows, input_splits, output_splits)
+        return Arrived(came if room is None else room.copy_(came))
 
     def gather(self, value: Any) -> list[Any]:
         """Returns every rank's value."""

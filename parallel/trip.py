@@ -88,7 +88,7 @@ class Trip:
     def arrive(self) -> Tensor:
         """Computes what comes and returns the sums (T, D)."""
         self._finish()
-        out = torch.cat([result[0] for result in self.results])
+        out = _joined([result[0] for result in self.results])
         self.parameters, self.results = (), []
         return out
 
@@ -183,8 +183,8 @@ class Trip:
             self.results = [()] * len(self.ways)
             self.steps = [self._again(number, self.grad, x, weights) for number in range(len(self.ways))]
         self._finish()
-        grad_x = torch.cat([result[0] for result in self.results])
-        grad_weights = torch.cat([result[1] for result in self.results]).view(self.ids.shape)
+        grad_x = _joined([result[0] for result in self.results])
+        grad_weights = _joined([result[1] for result in self.results]).view(self.ids.shape)
         sums = iter(self.sums)
         grads = tuple(next(sums) if parameter.requires_grad else None for parameter in parameters)
         self.parameters, self.results, self.ways, self.grad, self.sums = (), [], [], None, []
@@ -217,6 +217,10 @@ class Trip:
         slots = grad_sorted.new_zeros(n_rows * n_slots).index_copy_(0, way.order, grad_sorted)
         way.order = None
         self.results[number] = yield from self._home(way, grad_rows, slots.view(n_rows, n_slots))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _drive(steps: Iterable[Steps], stages: int = 0) -> None:

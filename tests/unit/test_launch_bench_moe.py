@@ -11,7 +11,7 @@ import torch
 from launch import bench_moe, bench_step
 from launch.bench_moe_layers import LayerShape, draw_weights
 from launch.bench_moe_rank import ROUTINGS, draw_tokens, loads, plain_layer
-from launch.bench_step_ways import StepShape, even_choice
+from launch.bench_step_ways import WAYS, StepShape, even_choice
 from launch.cli import main
 from model.count import count_parameters
 from model.router import choose_experts
@@ -136,6 +136,33 @@ def test_step_rows_compare_speed_and_first_losses() -> None:
     assert "natural routing: trimtab has 3.00 times the tokens/s of slow" in said
     found["slow"][0]["routings"][0]["losses"][0] = 7.001
     assert "do NOT start with the same loss" in bench_step.verdicts(bench_step.table_rows(found, 100))[0]
+
+
+def test_peers_as_launched_stand_beside_ours_as_launched() -> None:
+    found = {"trimtab": [_trained(0.5, 7.0)], "transformers eager": [_trained(0.25, 7.0)],
+             "trimtab as launched": [_trained(1.0, 7.0)], "eager as launched": [_trained(2.0, 7.0)]}  # fmt: skip
+    rows = bench_step.table_rows(found, n_tokens=100)
+    ratio = {row["way"]: row["ours_over_it"] for row in rows if row["routing"] == "even"}
+    assert ratio == pytest.approx({"trimtab": 1, "trimtab as launched": 1, "transformers eager": 0.5,
+                                   "eager as launched": 2})  # fmt: skip
+    machine = {"processor": "a processor", "cores": 2, "load": 0.0, "packages": {}}
+    facts = {**asdict(StepShape()), "ranks": 2, "repeats": 1, "steps": 2, "parameters": 8e6, "threads_per_rank": 1,
+             "machine": machine, "verdicts": [], "absent": {}, "profile": None}  # fmt: skip
+    lines = bench_step.render(rows, facts).splitlines()
+    headings = [number for number, line in enumerate(lines) if " routing, " in line]
+    assert [lines[number].split(",")[0] for number in headings] == ["natural routing", "even routing"] * 2
+    for place, number in enumerate(headings):
+        ways = [line[:26].strip() for line in lines[number + 1 : number + 3]]
+        expected = [["transformers eager", "trimtab"], ["trimtab as launched", "eager as launched"]][place // 2]
+        assert ways == expected, "the fastest first"
+
+
+def test_threads_are_those_said_or_those_of_the_launcher() -> None:
+    assert {name: way.threads(3, 10**6) for name, way in WAYS.items() if way.as_launched} == {
+        "trimtab as launched": 1, "AutoEP as launched": None, "eager as launched": None,
+        "grouped_mm as launched": None,
+    }  # fmt: skip
+    assert all(way.threads(3, 2) == 3 for way in WAYS.values() if not way.as_launched)
 
 
 def test_ours_alone_runs_and_is_right(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -156,6 +156,57 @@ def test_a_narrower_payload_stays_near(payload: str, tolerance: float) -> None:
         assert payload == "fp32" or off > 1e-5, f"{number}: nothing was rounded"
 
 
+def test_what_a_rank_keeps_does_not_travel() -> None:
+    """Not even to itself, there and back; forward and backward, on every hop."""
+    started: list[tuple[int, int, list[int], list[int]]] = []
+
+    def work(world: VirtualWorld, rank: int) -> None:
+        ranks = virtual_ranks(world, 4, rank, ranks_per_node=2)
+        for communicator in (ranks.nodes, ranks.inside):
+            assert communicator is not None
+            start = communicator.start_all_to_all
+
+            def noted(
+                rows: Tensor, sent: list[int], came: list[int], what: str, room: Tensor | None = None,
+                communicator: Any = communicator, start: Any = start,
+            ) -> Any:  # fmt: skip
+                if "counts" not in what:
+                    started.append((communicator.rank, rows.shape[0], sent, came))
+                return start(rows, sent, came, what, room)
+
+            communicator.start_all_to_all = noted
+        exchange = AllToAllExchange(ranks.ep, "two_hop", nodes=ranks.nodes, inside=ranks.inside)
+        x, ids, gates, weights, upstream = inputs("random", 32)
+        mine = share([8] * 4, rank)
+        run(exchange, x[mine], ids[mine], gates[mine], weights.chunk(4)[rank], upstream[mine])
+
+    run_virtual_ranks(4, work)
+    assert len(started) == 4 * 2 * 4, "four passes of two hops on four ranks"
+    for own, n_rows, sent, came in started:
+        assert sent[own] == came[own] == 0
+        assert n_rows == sum(sent)
+    assert sum(sum(sent) for _, _, sent, _ in started) > 0
+
+
+@pytest.mark.parametrize("payload", ["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["dedup", "all_to_all"])
+def test_rows_that_stay_are_rounded_like_those_that_travel(payload: str, kind: str) -> None:
+    """Each token has one expert, so nothing is added up: wherever it is, its result and gradients are the same bits."""
+    x, _, gates, weights, upstream = inputs("random", 12)
+    ids = torch.arange(12)[:, None] % EXPERTS
+
+    def work(world: VirtualWorld, rank: int, here: slice) -> tuple[Tensor, ...]:
+        exchange = exchange_of(world, rank, kind=kind, payload=payload)
+        return run(exchange, x[here], ids[here], gates[here, :1], weights.chunk(2)[rank], upstream[here])
+
+    places = (slice(0, 12), slice(12, 12))
+    first = run_virtual_ranks(2, lambda world, rank: work(world, rank, places[rank]))
+    second = run_virtual_ranks(2, lambda world, rank: work(world, rank, places[1 - rank]))
+    for part in (0, 2, 3):  # output, gradients of tokens and of gates
+        assert torch.equal(first[0][part], second[1][part])
+        assert first[0][part].abs().sum() > 0
+
+
 def test_a_wrong_split_is_noticed_and_frees_the_other_ranks() -> None:
     def work(world: VirtualWorld, rank: int) -> None:
         communicator = world.communicator([0, 1], rank)
@@ -202,7 +253,9 @@ class Heard:
         self.events: list[str] = []
         self.started = 0
 
-    def start_all_to_all(self, rows: Tensor, sent: list[int], came: list[int], what: str) -> "HeardPending":
+    def start_all_to_all(
+        self, rows: Tensor, sent: list[int], came: list[int], what: str, room: Tensor | None = None
+    ) -> "HeardPending":
         self.started += 1
         self.events.append(f"start {what} {self.started}")
         return HeardPending(self, rows, f"wait {what} {self.started}")
