@@ -107,7 +107,7 @@ class HubTokenizer:
         largest = max(vocabulary.values()) + 1
         self.vocab_size = max(largest, DEEPSEEK_VOCABULARY) if spec == DEEPSEEK else largest
         self.eod_id = _find_end(vocabulary, spec, eod_token)
-        self._byte_of = {char: byte for byte, char in _byte_characters().items()} if _is_byte_level(content) else None
+        self._byte_of = {char: byte for byte, char in byte_characters().items()} if _is_byte_level(content) else None
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, (n,) uint32, without an end-of-document token."""
@@ -260,7 +260,7 @@ def _is_byte_level(content: str) -> bool:
     return [step.get("type") for step in steps] == ["ByteLevel"]
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """The printable character that a byte-level vocabulary writes for each byte.
 
     Source: GPT-2's encoder (Radford et al. 2019): printable Latin-1 stands for itself, the rest follows from U+0100.

@@ -42,7 +42,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     four products and two sums written between each other 3.2 ms."""
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))  # (..., d/2, 2)
     if pairs.stride(-1) != 1 or pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
-        pairs = pairs.contiguous()  # a complex number begins at an even place
+        pairs = pairs.clone(memory_format=torch.contiguous_format)  # a complex number begins at an even place
     turned = torch.view_as_complex(pairs) * torch.complex(cos, sin).to(pairs.dtype.to_complex())
     return torch.view_as_real(turned).flatten(-2).contiguous().to(x.dtype)
 

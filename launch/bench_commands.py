@@ -18,6 +18,7 @@ def add_bench_commands(commands: Any) -> None:
     _add_scaling(names)
     _add_moe(names)
     _add_step(names)
+    _add_generate(names)
 
 
 def _add_loader(names: Any) -> None:
@@ -264,5 +265,38 @@ def _add_step(names: Any) -> None:
 
 def _run_step(options: argparse.Namespace) -> int:
     from launch.bench_step import run
+
+    return run(options)
+
+
+def _add_generate(names: Any) -> None:
+    generate = names.add_parser(
+        "generate",
+        help="tokens a second beside transformers' generate, with drafts and rounded weights",
+        description="Completes the same prompts greedily from the same weights, in fresh processes in turns: ours with "
+        "the latent cache and without, with drafts, with int8 and int4 weights; transformers with eager and grouped_mm "
+        "experts and its own cache. With --run also the held-out bits per byte of rounded weights.",
+        epilog="example: trimtab bench generate --run runs/debug --batches 1 8 --out runs/bench-generate",
+    )
+    generate.add_argument("--run", type=Path, help="weights and prompts of this run (default: random ones)")
+    generate.add_argument("--config", default="debug", help="without --run: a preset or a TOML file (default: debug)")
+    generate.add_argument("--draft", type=Path, metavar="RUN", help="a smaller run with the same data, to draft with")
+    generate.add_argument("--draft-tokens", type=int, default=4, help="drafts a step of that run (default: 4)")
+    generate.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time (default: 1 8)")
+    generate.add_argument("--prompt-tokens", type=int, default=128, help="of each prompt (default: 128)")
+    generate.add_argument("--new-tokens", type=int, default=64, help="for each prompt (default: 64)")
+    generate.add_argument("--documents", type=int, default=0, help="held-out documents at most (default: 0, all)")
+    generate.add_argument("--no-heldout", action="store_true", help="leave the held-out bits per byte out")
+    generate.add_argument("--only", help="ways, with semicolons between (default: all)")
+    generate.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
+    generate.add_argument("--repeats", type=int, default=3, help="fresh processes for each way (default: 3)")
+    generate.add_argument("--inner", type=int, default=3, help="timed runs in each of them (default: 3)")
+    generate.add_argument("--out", type=Path, default=Path("runs/bench-generate"), help="folder for CSV, JSON and plot")
+    generate.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    generate.set_defaults(run_command=_run_generate)
+
+
+def _run_generate(options: argparse.Namespace) -> int:
+    from launch.bench_generate import run
 
     return run(options)

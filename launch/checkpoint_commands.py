@@ -1,4 +1,4 @@
-"""`trimtab checkpoint list | verify | prune`."""
+"""`trimtab checkpoint list | verify | prune`; `export` and `import` are in hf_commands.py."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from launch.runfolder import RunFolder
 
 def add_checkpoint_commands(commands: Any) -> None:
     """Adds the `checkpoint` command and its actions to a parser's subcommands."""
-    checkpoint = commands.add_parser("checkpoint", help="List, check and delete a run's checkpoints.")
+    checkpoint = commands.add_parser("checkpoint", help="List, check, delete, export and import checkpoints.")
     actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     listing = actions.add_parser(
@@ -39,6 +39,9 @@ def add_checkpoint_commands(commands: Any) -> None:
     )  # fmt: skip
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     prune.set_defaults(run_command=_prune)
+    from launch.hf_commands import add_hf_actions
+
+    add_hf_actions(actions)
     for action in (listing, verify, prune):
         action.add_argument("run", type=Path)
         action.add_argument("--json", action="store_true", help="print one JSON object on the last line")
@@ -76,6 +79,7 @@ def _list(options: Any) -> int:
                 "bytes": sum(entry["size"] for entry in manifest["files"].values()),
                 "tokens": manifest.get("tokens"), "world_size": layout.get("world_size"),
                 "ep_size": layout.get("ep_size"), "files": len(manifest["files"]),
+                "weights_only": bool(manifest.get("weights_only")),
                 "saved": _time(path / "COMMIT"),
             }  # fmt: skip
         except (CheckpointError, OSError) as error:
@@ -88,6 +92,7 @@ def _list(options: Any) -> int:
             print(
                 f"step {row['step']:>8}  {row['bytes'] / 2**20:10,.1f} MiB  {row['files']} files of "
                 f"{row['world_size']} ranks (ep {row['ep_size']})  {row['tokens']:,} tokens  {row['saved']}"
+                f"{'  weights only' if row['weights_only'] else ''}"
             )
     names = [path.name for path in _answered(lambda: drafts(root), root) if path not in listed]
     if names:

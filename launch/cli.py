@@ -78,15 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="dashboard of a running Ray cluster; without it a local one is started, and stopped at the end",
     )
 
-    generate = command(
-        "generate", _generate, "Complete a text with a run's newest checkpoint.", "generate runs/debug --prompt 'def '"
-    )
-    generate.add_argument("run", type=Path, help="the run's folder")
-    generate.add_argument("--prompt", default="", help="the text to complete")
-    generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    generate.add_argument("--seed", type=int, default=0)
-
     report = command("report", _report, "Render a run's report.md from its files.", "report runs/debug")
     report.add_argument("run", type=Path)
     report.add_argument("--json", action="store_true", help="print the run's figures as one JSON object")
@@ -101,7 +92,9 @@ def build_parser() -> argparse.ArgumentParser:
     from launch.checkpoint_commands import add_checkpoint_commands
     from launch.data_commands import add_data_commands
     from launch.eval_commands import add_eval_command
+    from launch.generate_commands import add_generate_command
 
+    add_generate_command(commands)
     add_eval_command(commands)
     add_checkpoint_commands(commands)
     add_data_commands(commands)
@@ -208,37 +201,6 @@ def _submit(options: Any) -> int:
     from launch.submit import submit
 
     return submit(options)
-
-
-def _generate(options: Any) -> int:
-    _require_run(options.run)
-    import torch
-
-    from launch.load import load_run
-    from model.generate import generate
-
-    if options.temperature < 0 or options.max_new_tokens < 1:
-        raise ConfigError(["--temperature must not be negative, and --max-new-tokens at least 1"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_run(options.run, device)
-    tokenizer = loaded.tokenizer
-    eod_id = tokenizer.eod_id
-    prompt = [eod_id, *tokenizer.encode(options.prompt).tolist()]
-    sys.stdout.write(options.prompt)
-    new: list[int] = []
-    shown = ""
-    for token in generate(
-        loaded.model, prompt, options.max_new_tokens, options.temperature, options.seed, eod_id,
-        loaded.config.data.seq_len,
-    ):  # fmt: skip
-        new.append(token)
-        text = tokenizer.decode(new)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-    print()
-    return EXIT_OK
 
 
 def _report(options: Any) -> int:

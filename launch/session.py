@@ -168,7 +168,8 @@ class Session:
                 errors.append(str(error))
                 self.telemetry.event("fault", cause=f"checkpoint not readable: {error}", path=str(path))
                 continue
-            if not any(key.startswith("data.") or key == "train.global_batch_size" for key in accepted):
+            told = manifest["cursor"] is not None  # an imported model has no place in any data
+            if told and not any(key.startswith("data.") or key == "train.global_batch_size" for key in accepted):
                 self._skip_as_saved(manifest["cursor"])
                 self.stream.check_cursor(manifest["cursor"])
             self.telemetry.rewind(manifest["step"], cause=f"resume from {path.name}")

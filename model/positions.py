@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, YarnConfig
 
 
 def rotary_tables(config: ModelConfig, seq_len: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -21,10 +21,7 @@ def rotary_tables(config: ModelConfig, seq_len: int, device: torch.device | str 
     frequencies = torch.tensor(inverse_frequencies(config), dtype=torch.float32, device=device)
     angles = torch.arange(seq_len, dtype=torch.float32, device=device)[:, None] * frequencies  # (S, d/2)
     cos, sin = angles.cos(), angles.sin()
-    magnitude = 1.0
-    if config.rope_scaling is not None:
-        yarn = config.rope_scaling
-        magnitude = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
+    magnitude = 1.0 if config.rope_scaling is None else yarn_magnitude(config.rope_scaling)
     return (cos, sin) if magnitude == 1.0 else (cos * magnitude, sin * magnitude)
 
 
@@ -54,6 +51,11 @@ def inverse_frequencies(config: ModelConfig) -> list[float]:
         ramp = min(max((i - low) / span, 0.0), 1.0)
         blended.append(frequency / yarn.factor * ramp + frequency * (1 - ramp))
     return blended
+
+
+def yarn_magnitude(yarn: YarnConfig) -> float:
+    """YaRN's factor on cosines and sines, DeepSeek's form."""
+    return _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim)
 
 
 def softmax_scale(config: ModelConfig) -> float:

@@ -4,6 +4,7 @@ A checkpoint is a folder `step-00000100` with
 
     rank-00000.safetensors ...   each rank's share: weights (fp32 masters) and both moments, as flat runs
     manifest.json                every file with size and checksum, every tensor with shape and the runs that make it up
+                                 (`weights_only` where there are no moments, of an imported model: they read as zeros)
     COMMIT                       the manifest's checksum; written last, and without it the folder is not a checkpoint
 
 Everything is written under a temporary name, flushed, acknowledged by all ranks, then renamed; at an address, where
@@ -121,6 +122,8 @@ class CheckpointReader:
             CheckpointError: the tensor, or a part of it, is not in the checkpoint.
         """
         entry = self.saved.manifest["tensors"].get(name)
+        if entry is not None and kind != "weight" and self.saved.manifest.get("weights_only"):
+            return torch.zeros(stop - start)  # an imported model: no optimizer has seen it yet
         if entry is None or kind not in entry["runs"]:
             raise CheckpointError(f"{self.saved.path} has no {kind} of {name}: it was saved from another model")
         runs = entry["runs"][kind]

@@ -7,10 +7,12 @@ be read without touching the rest. Format: an 8-byte little-endian header length
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +29,26 @@ _CODES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 _BLOCK, _BLOCKS_KEPT = 4 << 20, 16  # of a remote file: bytes of one, and how many a reader keeps
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
+
+
+class Entry(NamedTuple):
+    """A tensor to be written, whose values need not be in memory all at once.
+
+    chunks: gives its values in order, in tensors of any shape.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Tensor]]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write(
@@ -48,7 +67,24 @@ def write(
     Raises:
         OSError: the disk is full, the path exists, or cannot be written.
     """
-    header, data_bytes, listed = _header(path, tensors)
+    entries = [Entry(key, one.dtype, tuple(one.shape), partial(iter, [one])) for key, one in tensors]
+    return write_entries(path, entries, halfway)
+
+
+def write_entries(
+    path: Root,
+    listed: Sequence[Entry],
+    halfway: Callable[[], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """`write` for tensors that come in chunks, with the file's own `metadata` where given.
+
+    At an address the chunks may be asked for again, when an attempt has failed.
+
+    Raises:
+        OSError: as `write`. ValueError: two keys are equal, or chunks are not what their entry says.
+    """
+    header, data_bytes = _header(path, listed, metadata)
     if isinstance(path, RemotePath):
         return _write_remote(path, header, data_bytes, listed, halfway)
     digest = hashlib.sha256()
@@ -66,29 +102,29 @@ def write(
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _header(path: Root, tensors: Iterable[tuple[str, Tensor]]) -> tuple[bytes, int, list[tuple[str, Tensor]]]:
-    """The header, the bytes of all data, and the tensors as a list."""
-    entries, offset, listed = {}, 0, list(tensors)
-    for key, tensor in listed:
-        if key in entries:
-            raise ValueError(f"two tensors are called {key!r} in {path.name}")
-        length = tensor.numel() * tensor.element_size()
-        entries[key] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + length],
+def _header(path: Root, listed: Sequence[Entry], metadata: Mapping[str, str] | None) -> tuple[bytes, int]:
+    """The header, and the bytes of all data."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offset = 0
+    for entry in listed:
+        if entry.key in entries:
+            raise ValueError(f"two tensors are called {entry.key!r} in {path.name}")
+        entries[entry.key] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.n_bytes],
         }
-        offset += length
+        offset += entry.n_bytes
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return header, offset, listed
+    return header, offset
 
 
 def _write_remote(
     path: RemotePath,
     header: bytes,
     data_bytes: int,
-    listed: list[tuple[str, Tensor]],
+    listed: Sequence[Entry],
     halfway: Callable[[], None] | None,
 ) -> dict[str, Any]:
     digests: list[Any] = []
@@ -107,13 +143,20 @@ def _write_remote(
     return {"size": path.write(pieces), "sha256": digests[-1].hexdigest()}
 
 
-def _chunks(header: bytes, listed: list[tuple[str, Tensor]]) -> Iterable[bytes | memoryview]:
+def _chunks(header: bytes, listed: Sequence[Entry]) -> Iterable[bytes | memoryview]:
     yield len(header).to_bytes(8, "little")
     yield header
-    for _, tensor in listed:
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        if flat.numel():
-            yield flat.view(torch.uint8).numpy().data
+    for entry in listed:
+        written = 0
+        for tensor in entry.chunks():
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            if flat.dtype != entry.dtype:
+                raise ValueError(f"{entry.key} is {entry.dtype}, and was given {flat.dtype}")
+            written += flat.numel() * flat.element_size()
+            if flat.numel():
+                yield flat.view(torch.uint8).numpy().data
+        if written != entry.n_bytes:
+            raise ValueError(f"{entry.key} has {entry.n_bytes} bytes, and was given {written}")
 
 
 def file_size(path: Root) -> int | None:
@@ -193,6 +236,11 @@ class SafetensorsReader:
             raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
         self.entries.pop("__metadata__", None)
         self._first = 8 + length
+        self.n_bytes = size - 8 - length  # of tensors
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        """The dtype of a tensor; None for one that this module does not read."""
+        return _DTYPES.get(self.entries[key]["dtype"])
 
     def flat_slice(self, key: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor `key`, as a new 1-D tensor.

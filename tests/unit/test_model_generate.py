@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from model.decoder import can_cache
 from model.generate import generate, next_logits
+from model.generation import Generation, Request
+from model.sampling import Sampling
 from tests.unit.literal_model import TINY, build
 
 
@@ -54,3 +57,28 @@ def test_wrong_input_is_refused_at_the_call(arguments, message):
 def test_no_gradient_is_kept():
     assert not next_logits(build(), [1, 2]).requires_grad
     assert torch.is_grad_enabled()
+
+
+def test_weights_that_are_here_during_their_modules_forward_only_are_enough():
+    """As under an engine that shards them: the whole context is computed through the modules."""
+    whole, net = build(), build()
+    expected = list(generate(whole, [3, 1, 4], 5)), list(generate(whole, [3], 9, 1.0, 2, max_context=4))
+
+    def bring(module, inputs):
+        for parameter, values in module.held:
+            parameter.data = values
+
+    def take(module, inputs, output):
+        for parameter, _ in module.held:
+            parameter.data = parameter.new_empty(0)
+
+    for module in net.modules():
+        module.held = [(parameter, parameter.data) for parameter in module.parameters(recurse=False)]
+        module.register_forward_pre_hook(bring)
+        module.register_forward_hook(take)
+        take(module, (), None)
+    assert not can_cache(net) and can_cache(whole)
+    assert list(generate(net, [3, 1, 4], 5)) == expected[0]
+    assert list(generate(net, [3], 9, 1.0, 2, max_context=4)) == expected[1]
+    with pytest.raises(ValueError, match="weights are not all here"):
+        Generation(net, [Request([1], 1)], Sampling())

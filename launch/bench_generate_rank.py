@@ -1,0 +1,201 @@
+"""One way of generating, measured in a fresh process of `trimtab bench generate`."""
+
+# B prompts, P tokens of each, n new tokens
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch.evaluate import predict
+from launch.load import LoadedRun, load_run
+from model.config import ModelConfig
+from model.drafts import Drafter, ModelDrafts, ModuleDrafts
+from model.exchange import LocalExchange
+from model.generation import Counts, Generation, Request
+from model.init import init_weights
+from model.quantize import quantize
+from model.sampling import Sampling
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to generate. draft: `mtp`, `run` or none; bits: 32, or those of quantised weights; experts: transformers'
+    way of computing them, empty for ours; packages it needs."""
+
+    bits: int = 32
+    draft: str = ""
+    cached: bool = True
+    experts: str = ""
+    packages: tuple[str, ...] = ()
+
+
+WAYS: dict[str, Way] = {
+    "trimtab": Way(),
+    "trimtab, no cache": Way(cached=False),
+    "trimtab int8": Way(bits=8),
+    "trimtab int4": Way(bits=4),
+    "trimtab mtp": Way(draft="mtp"),
+    "trimtab draft run": Way(draft="run"),
+    "trimtab int8 mtp": Way(bits=8, draft="mtp"),
+    "transformers eager": Way(experts="eager", packages=("transformers",)),
+    "transformers grouped_mm": Way(experts="grouped_mm", packages=("transformers",)),
+}
+
+Tokens = list[list[int]]
+Made = tuple[Tokens, Counts | None]
+
+
+def measure(job: dict[str, Any], rank: int, n_ranks: int) -> list[dict[str, Any]]:
+    """Generates greedily from the same prompts, `inner` times after once to warm up.
+
+    Args:
+        job: way; run (a folder) or model (a table) and seed; draft (a folder) for drafting with a second run;
+            batches, prompt_tokens, new_tokens, inner.
+
+    Returns:
+        For each batch size: batch, seconds of a whole generation and of one that ends after the first token, tokens
+        (B, n), acceptance and forwards (None without drafts), weight_bytes.
+    """
+    way = WAYS[job["way"]]
+    model, loaded = _model(job)
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if way.bits != 32:
+        weight_bytes = quantize(model, 8 if way.bits == 8 else 4).after
+    make: Callable[[Tokens, int], Made]
+    if way.experts:
+        make = _transformers(model, way.experts)
+    elif way.cached:
+        make = _cached(model, _drafter(model, way, job))
+    else:
+        make = _uncached(model)
+    found = []
+    for batch in job["batches"]:
+        prompts = _prompts(loaded, model.config, batch, job["prompt_tokens"])
+        tokens, counts = make(prompts, job["new_tokens"])
+        whole, first = [], []
+        for _ in range(job["inner"]):
+            whole.append(_seconds(lambda prompts=prompts: make(prompts, job["new_tokens"])))  # type: ignore[misc]
+            first.append(_seconds(lambda prompts=prompts: make(prompts, 1)))  # type: ignore[misc]
+        found.append({
+            "batch": batch, "whole": whole, "first": first, "tokens": tokens, "weight_bytes": weight_bytes,
+            "acceptance": counts.acceptance if counts else None, "forwards": counts.steps if counts else None,
+        })  # fmt: skip
+    return found
+
+
+def heldout(job: dict[str, Any], rank: int, n_ranks: int) -> dict[str, Any]:
+    """Bits per byte of a run's held-out documents with weights of 32, 8 and 4 bits, and the weights' bytes.
+
+    Args:
+        job: run (a folder), documents (how many at most, 0 for all).
+    """
+    found: dict[str, Any] = {}
+    for bits in (32, 8, 4):
+        loaded = load_run(Path(job["run"]))
+        if loaded.dataset is None:
+            return {}
+        with loaded.dataset as dataset:
+            documents = list(dataset.heldout_documents())[: job["documents"] or None]
+            model = loaded.model
+            size = sum(parameter.nbytes for parameter in model.parameters())
+            if bits != 32:
+                size = quantize(model, 8 if bits == 8 else 4).after
+            result = predict(model, documents, dataset.manifest.eod_id, loaded.config.data.seq_len)
+        found[str(bits)] = {
+            "bits_per_byte": result.bits_per_byte, "weight_bytes": size, "heldout_bytes": result.raw_bytes,
+        }  # fmt: skip
+    return found
+
+
+def _model(job: dict[str, Any]) -> tuple[Transformer, LoadedRun | None]:
+    if job.get("run"):
+        loaded = load_run(Path(job["run"]))
+        return loaded.model, loaded
+    model = Transformer(ModelConfig.from_dict(job["model"]), LocalExchange())
+    init_weights(model, job["seed"])
+    return model.eval(), None
+
+
+def _prompts(loaded: LoadedRun | None, config: ModelConfig, batch: int, length: int) -> Tokens:
+    """Held-out text of the run, one piece behind the other, or random tokens."""
+    if loaded is None or loaded.dataset is None:
+        draw = torch.Generator().manual_seed(0)
+        return torch.randint(0, config.vocab_size, (batch, length), generator=draw).tolist()
+    stream: list[int] = []
+    for document in loaded.dataset.heldout_documents():
+        stream += document.tokens.tolist()
+        if len(stream) >= batch * length:
+            break
+    return [stream[row * length :][:length] for row in range(batch)]
+
+
+def _drafter(model: Transformer, way: Way, job: dict[str, Any]) -> Callable[[int], Drafter] | None:
+    if way.draft == "mtp":
+        return lambda rows: ModuleDrafts(model, rows)
+    if way.draft == "run":
+        second = load_run(Path(job["draft"])).model
+        return lambda rows: ModelDrafts(second, rows, job["draft_tokens"])
+    return None
+
+
+def _cached(model: Transformer, drafter: Callable[[int], Drafter] | None) -> Callable[[Tokens, int], Made]:
+    def make(prompts: Tokens, n_new: int) -> Made:
+        requests = [Request(prompt, n_new) for prompt in prompts]
+        generation = Generation(model, requests, Sampling(), batch=len(prompts), drafter=drafter)
+        made: Tokens = [[] for _ in prompts]
+        while not generation.done:
+            for event in generation.step():
+                made[event.request] += event.tokens
+        return made, generation.counts
+
+    return make
+
+
+def _uncached(model: Transformer) -> Callable[[Tokens, int], Made]:
+    @torch.no_grad()
+    def make(prompts: Tokens, n_new: int) -> Made:
+        tokens = torch.tensor(prompts)
+        for _ in range(n_new):
+            logits = model(tokens).logits
+            assert logits is not None
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+        return tokens[:, -n_new:].tolist(), None
+
+    return make
+
+
+def _transformers(model: Transformer, experts: str) -> Callable[[Tokens, int], Made]:
+    """DeepseekV3ForCausalLM.generate with its own cache and the same weights."""
+    from transformers import DeepseekV3ForCausalLM
+
+    from launch.bench_hf import hf_config
+
+    peer = DeepseekV3ForCausalLM(hf_config(model.config, experts)).float().eval()
+    weights: dict[str, Tensor] = {
+        name if name.startswith("lm_head.") else f"model.{name}": value
+        for name, value in model.state_dict().items()
+        if not name.startswith("mtp.")
+    }
+    peer.load_state_dict(weights)
+
+    def make(prompts: Tokens, n_new: int) -> Made:
+        ids = torch.tensor(prompts)
+        made = peer.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, do_sample=False, use_cache=True,
+            pad_token_id=0,
+        )  # fmt: skip
+        return made[:, ids.shape[1] :].tolist(), None
+
+    return make
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began

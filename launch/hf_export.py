@@ -1,0 +1,216 @@
+"""A run's checkpoint as a folder that `transformers` loads unmodified and vLLM and SGLang know by name.
+
+Slices of the checkpoint go straight into the new files, a few megabytes at a time, whatever the layout that saved it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from data.dataset import Dataset
+from data.errors import DataError
+from data.foreign import foreign_tokenizer
+from data.mixture import MixedDataset, open_data
+from data.tokenizer import Tokenizer, load_tokenizer
+from launch.config import Config, ConfigError, from_tables
+from launch.hf_folder import INDEX
+from launch.hf_state import flat_chunks, grouped, write_state
+from launch.hf_tokenizer import generation_config, tokenizer_files
+from launch.load import committed_checkpoints
+from launch.model_card import model_card
+from model.hf_config import export_problems, to_hf
+from model.hf_names import HfTensor, hf_tensors, logical_tensors
+from parallel.checkpoint import CheckpointError, CheckpointReader, Saved, damaged_files, open_checkpoint, step_of
+from parallel.safetensors_file import Entry, write_entries
+from parallel.saving import free_bytes
+
+Dtype = Literal["bf16", "fp32"]
+_TORCH: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_NAMES: dict[Dtype, str] = {"bf16": "bfloat16", "fp32": "float32"}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a run is exported.
+
+    dtype: of the weights (the bias stays in fp32); None takes the run's own precision, and fp32 with the optimizer.
+    step: of the checkpoint; None is the newest. shard_gb: largest file of weights, in 10^9 bytes.
+    with_optimizer: keep what training needs, so that an import goes on as if nothing had happened.
+    tokenizer: a tokenizer.json, for a run whose data is gone.
+    """
+
+    dtype: Dtype | None = None
+    step: int | None = None
+    shard_gb: float = 5.0
+    with_optimizer: bool = False
+    tokenizer: Path | None = None
+
+
+def export(run: Path, out: Path, options: ExportOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Writes the folder under a draft name and renames it when it is whole.
+
+    Returns:
+        What was written: folder, step, dtype, tensors, bytes, files.
+
+    Raises:
+        ConfigError: everything that stands against it. DataError: the tokenizer cannot be read.
+        CheckpointError: a damaged file, named. OSError: the disk refused.
+    """
+    problems = [f"{out} is already there; give another --out"] if out.exists() else []
+    if not options.shard_gb > 0:
+        problems.append(f"--shard-gb = {options.shard_gb} must be above 0")
+    saved = _checkpoint(run, options.step, problems)
+    config = from_tables(saved.manifest["config"])
+    problems += export_problems(config.model)
+    dtype: Dtype = options.dtype or ("fp32" if options.with_optimizer else config.train.precision)
+    if options.with_optimizer and dtype != "fp32":
+        problems.append("--with-optimizer needs --dtype fp32: training goes on from the fp32 weights")
+    if options.with_optimizer and saved.manifest.get("weights_only"):
+        problems.append(f"--with-optimizer: {saved.path} has weights only; it was imported and not trained since")
+    if options.with_optimizer and config.model.scoring_func == "sigmoid" and not config.model.uses_bias:
+        problems.append(
+            f'--with-optimizer: model.topk_method = "{config.model.topk_method}" is exported as noaux_tc with a bias '
+            "of zeros, the same function but another configuration; export without it"
+        )
+    if problems:
+        raise ConfigError(problems)
+    entries = _entries(config, CheckpointReader(saved), dtype)
+    weights = sum(entry.n_bytes for entry in entries)
+    moments = 2 * sum(4 * torch.Size(shape).numel() for shape in _trained(config).values())
+    total = weights + (moments if options.with_optimizer else 0)
+    if free_bytes(out.parent) < total:
+        free = free_bytes(out.parent) / 2**30
+        raise ConfigError([f"{out.parent} has {free:,.1f} GiB free, and the folder needs {total / 2**30:,.1f} GiB"])
+    wrong = damaged_files(saved)
+    if wrong:
+        raise CheckpointError("; ".join(wrong))
+    tokenizer, dataset = _tokenizer(config, options.tokenizer)
+    draft = out.with_name(f".{out.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        for name, text in _texts(run, saved, config, tokenizer, dataset, dtype, weights).items():
+            (draft / name).write_text(text, encoding="utf-8")
+        told = _write(draft, config, saved, entries, dtype, options, total, progress)
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if dataset is not None:
+            dataset.close()
+    return {"folder": str(out), "step": saved.step, "dtype": dtype, **told}
+
+
+def _checkpoint(run: Path, step: int | None, problems: list[str]) -> Saved:
+    found = {step_of(path): path for path in committed_checkpoints(run)}
+    if step is not None and step not in found:
+        problems.append(f"--step {step}: {run} has checkpoints of the steps {', '.join(map(str, found))}")
+        step = None
+    return open_checkpoint(found[max(found) if step is None else step])
+
+
+def _trained(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that the optimizer moves: all but the balancing biases."""
+    found = logical_tensors(config.model)
+    return {one.name: one.shape for one in found if not one.parts[0].fp32}
+
+
+def _tokenizer(config: Config, given: Path | None) -> tuple[Tokenizer, Dataset | MixedDataset | None]:
+    """The run's tokenizer, and its data for the card where that is at hand."""
+    try:
+        dataset = open_data(config.data) if config.data.mode == "indexed" else None
+        own = dataset.tokenizer if dataset else foreign_tokenizer(config.data)
+    except DataError as error:
+        if given is None:
+            raise DataError(f"{error}. The run's tokenizer lies there; --tokenizer FILE gives it otherwise") from error
+        dataset, own = None, None
+    tokenizer = load_tokenizer(given) if given is not None else own
+    assert tokenizer is not None
+    if own is not None and tokenizer.fingerprint != own.fingerprint:
+        raise ConfigError([f"--tokenizer {given} is not the tokenizer of {config.data.path}; leave it out"])
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            [f"--tokenizer {given} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"]
+        )
+    return tokenizer, dataset
+
+
+def _entries(config: Config, reader: CheckpointReader, dtype: Dtype) -> list[Entry]:
+    """Every tensor of the folder, to be read from the checkpoint when its turn comes."""
+
+    def entry(tensor: HfTensor) -> Entry:
+        kind = torch.float32 if tensor.fp32 else _TORCH[dtype]
+
+        def chunks() -> Iterator[Tensor]:
+            if not tensor.source:
+                yield torch.zeros(tensor.shape, dtype=kind)
+                return
+            for values in flat_chunks(reader, tensor.source, "weight", tensor.start, tensor.start + tensor.numel):
+                yield values.to(kind)
+
+        return Entry(tensor.name, kind, tensor.shape, chunks)
+
+    return [entry(tensor) for tensor in hf_tensors(config.model)]
+
+
+def _write(
+    draft: Path,
+    config: Config,
+    saved: Saved,
+    entries: list[Entry],
+    dtype: Dtype,
+    options: ExportOptions,
+    total: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Weights, their index, and the optimizer's state if it is wanted."""
+    done = 0
+
+    def more(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        if progress is not None:
+            progress(done, total)
+
+    file_bytes = int(options.shard_gb * 1e9)
+    groups = grouped(entries, file_bytes)
+    weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        digests[file] = write_entries(draft / file, group, metadata={"format": "pt"})["sha256"]
+        weight_map |= {entry.key: file for entry in group}
+        more(sum(entry.n_bytes for entry in group))
+    n_bytes = sum(entry.n_bytes for entry in entries)
+    index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
+    (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if options.with_optimizer:
+        write_state(draft, CheckpointReader(saved), _trained(config), digests, file_bytes, more)
+    return {"tensors": len(entries), "bytes": n_bytes, "files": len(groups), "optimizer": options.with_optimizer}
+
+
+def _texts(
+    run: Path,
+    saved: Saved,
+    config: Config,
+    tokenizer: Tokenizer,
+    dataset: Dataset | MixedDataset | None,
+    dtype: Dtype,
+    n_bytes: int,
+) -> dict[str, str]:
+    """Everything that is text, by file name."""
+    eod = tokenizer.eod_id
+    settings = to_hf(config.model, dtype=_NAMES[dtype], bos_token_id=eod, eos_token_id=eod)
+    datasets = dataset.datasets if isinstance(dataset, MixedDataset) else (dataset,) if dataset else ()
+    return {
+        "config.json": json.dumps(settings, indent=2) + "\n",
+        "generation_config.json": generation_config(eod),
+        **tokenizer_files(tokenizer, config.model.max_position_embeddings),
+        "README.md": model_card(run, saved, config, datasets, tokenizer.spec, dtype, n_bytes),
+    }

@@ -1,0 +1,95 @@
+"""The model's layers over latent caches: tokens in, hidden states out, earlier tokens never computed again."""
+
+# B cache rows, N tokens of a forward (packed), D hidden, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.absorbed import CachedAttention, rms_norm
+from model.block import Block
+from model.config import ModelConfig
+from model.few_rows import FeedForward
+from model.latent_cache import LatentCache, latent_width
+from model.positions import rotary_tables
+from model.span import Span
+from model.transformer import Transformer
+
+
+def can_cache(model: Transformer) -> bool:
+    """Whether weights can be read directly. Under ZeRO stage 3 they are not here outside their modules' forward."""
+    return all(parameter.numel() for parameter in model.parameters())
+
+
+class CachedStack:
+    """Decoder layers with a cache of their own: all of the model's, or the one of a multi-token prediction module."""
+
+    def __init__(self, blocks: Sequence[Block], config: ModelConfig, rows: int) -> None:
+        weight = blocks[0].input_layernorm.weight if blocks else torch.empty(0)
+        self._layers = [(block, CachedAttention(block.self_attn), FeedForward(block.mlp)) for block in blocks]
+        self.cache = LatentCache(
+            len(blocks), latent_width(config), rows, device=weight.device, dtype=weight.dtype
+        )  # fmt: skip
+        self._config, self._device = config, weight.device
+        self._turns = self._rotations(self.cache.capacity)
+
+    def _rotations(self, n_positions: int) -> Tensor:
+        """(P, 1, r/2) complex64."""
+        cos, sin = rotary_tables(self._config, n_positions, self._device)
+        return torch.complex(cos, sin).unsqueeze(1)
+
+    def span(self, rows: Sequence[int], counts: Sequence[int]) -> Span:
+        """The next tokens' places: counts[i] >= 1 behind what cache row rows[i] holds. Makes room for them."""
+        starts = [self.cache.lengths[row] for row in rows]
+        span = Span(rows, starts, counts, len(self.cache.lengths), self._device)
+        self.cache.reserve(span.reach)
+        if span.reach > self._turns.shape[0]:
+            self._turns = self._rotations(self.cache.capacity)
+        return span
+
+    def run(self, x: Tensor, span: Span) -> Tensor:
+        """Through all layers, x (N, D) -> (N, D); the cache's rows are longer afterwards."""
+        turn = self._turns[span.positions]
+        for number, (block, attention, feed_forward) in enumerate(self._layers):
+            x = x + attention.forward(rms_norm(block.input_layernorm, x), turn, span, self.cache.layers[number])
+            x += feed_forward.forward(rms_norm(block.post_attention_layernorm, x))
+        for row, count in zip(span.rows, span.counts, strict=True):
+            self.cache.lengths[row] += count
+        return x
+
+
+class Decoder:
+    """A model and the cache of its decoder layers."""
+
+    def __init__(self, model: Transformer, rows: int) -> None:
+        self.model = model
+        self.stack = CachedStack([layer for layer in model.layers if isinstance(layer, Block)], model.config, rows)
+
+    @property
+    def cache(self) -> LatentCache:
+        """Of all decoder layers."""
+        return self.stack.cache
+
+    @torch.inference_mode()
+    def extend(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Span]:
+        """Adds tokens to cache rows.
+
+        Args:
+            rows: different rows of the cache.
+            tokens: for each at least one token.
+
+        Returns:
+            hidden states (N, D) of the new tokens, normalised as the head sees them, and their places.
+        """
+        span = self.stack.span(rows, [len(new) for new in tokens])
+        ids = torch.tensor([token for new in tokens for token in new], device=self.model.embed_tokens.weight.device)
+        hidden = self.stack.run(self.model.embed_tokens(ids), span)
+        return rms_norm(self.model.norm, hidden), span
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) fp32."""
+        return self.model.lm_head(hidden).float()

@@ -1,0 +1,118 @@
+"""Mixture of experts for the few tokens of a decoding step: routing without statistics, only the experts hit."""
+
+# T tokens, D hidden, E routed experts, K top-k, N = T*K choices, I expert width
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.quantized import quantized_linear
+from model.mlp import MLP
+from model.moe import Experts, MoE
+from model.quantize import QuantizedExperts
+from model.router import choose_experts, weigh
+
+# Above so many tokens the layer's own forward is as fast, and on a GPU faster: its kernels are made for many rows.
+FEW = 64
+
+_Product = Callable[[Tensor], Tensor]
+
+
+class FeedForward:
+    """A layer's feed-forward for tokens (T, D) -> (T, D), dense or with experts; nothing is counted.
+
+    Weights are looked up once and not at each token: for a small model that costs as much as the products.
+    """
+
+    def __init__(self, module: MLP | MoE) -> None:
+        self._module = module
+        self._moe = None if isinstance(module, MLP) else module
+        self._products: list[tuple[_Product, _Product]] = []
+        self._shared: FeedForward | None = None
+        if self._moe is not None and self._moe.exchange.ep_size == 1:
+            self._products = _products(self._moe.experts)
+            if self._moe.shared_experts is not None:
+                self._shared = FeedForward(self._moe.shared_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """With experts on other ranks, or for many tokens, the layer's own forward runs."""
+        if self._moe is None:
+            dense = self._module
+            return dense.down_proj(F.silu(dense.gate_proj(x)).mul_(dense.up_proj(x)))  # type: ignore[operator]
+        if not self._products or x.shape[0] > FEW or self._moe.experts.inspect is not None:
+            # Its kernels may be measured at their first call, with gradients, which inference tensors cannot have.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._moe(x.clone().unsqueeze(0))[0].squeeze(0)
+        ids, weights = _route(self._moe, x)
+        out = self._one(x, ids, weights) if x.shape[0] == 1 else self._several(x, ids, weights)
+        return out if self._shared is None else out.add_(self._shared.forward(x))
+
+    def _one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Of one token, the weighted sum of its experts' results.
+
+        Products go straight from each expert's weights: gathering the weights first copies them, which takes twice as
+        long for experts of 64 x 192 and six times for 256 x 512 (top-4, one thread, fp32).
+        """
+        hit = [self._products[expert] for expert in ids[0].tolist()]
+        active = _swiglu(torch.cat([first(x) for first, _ in hit])).mul_(weights[0].unsqueeze(-1))  # (K, I)
+        rows = active.to(x.dtype).split(1)
+        out = hit[0][1](rows[0])
+        for (_, second), row in zip(hit[1:], rows[1:], strict=True):
+            out += second(row)
+        return out
+
+    def _several(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The same for a few tokens, their choices sorted by expert."""
+        flat = ids.flatten()
+        order = flat.argsort(stable=True)
+        token_of_row = order // ids.shape[1]
+        rows = x.index_select(0, token_of_row)  # (N, D)
+        hit = [(self._products[expert], start, end) for expert, start, end in _runs(flat[order].tolist())]
+        active = _swiglu(torch.cat([first(rows[start:end]) for (first, _), start, end in hit]))  # (N, I)
+        active = active.mul_(weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
+        results = torch.cat([second(active[start:end]) for (_, second), start, end in hit])
+        return torch.zeros_like(x).index_add_(0, token_of_row, results)
+
+
+def _swiglu(inner: Tensor) -> Tensor:
+    """(N, 2I) -> (N, I)."""
+    gate, up = inner.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _route(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots (T, K) int64 and weights (T, K) fp32, as model/router.py chooses them."""
+    gate = moe.gate
+    config = gate.config
+    logits = F.linear(x.float(), gate.weight.float())
+    scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+    bias = gate.e_score_correction_bias if config.uses_bias else None
+    ids = (gate.choose or choose_experts)(scores, bias, config)
+    weights = weigh(scores, ids, config)
+    return (ids if moe.slot_of_expert is None else moe.slot_of_expert[ids]), weights
+
+
+def _products(experts: Experts | QuantizedExperts) -> list[tuple[_Product, _Product]]:
+    """Both products of each expert with rows."""
+    if isinstance(experts, QuantizedExperts):
+        return [
+            (partial(quantized_linear, matrix=first), partial(quantized_linear, matrix=second))
+            for first, second in zip(experts.first, experts.second, strict=True)
+        ]
+    pairs = zip(experts.gate_up_proj.detach().unbind(0), experts.down_proj.detach().unbind(0), strict=True)
+    return [(partial(torch.mm, mat2=first.t()), partial(torch.mm, mat2=second.t())) for first, second in pairs]
+
+
+def _runs(ids: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, start, end) of each run of equal numbers in a sorted list."""
+    found, start = [], 0
+    for place in range(1, len(ids) + 1):
+        if place == len(ids) or ids[place] != ids[start]:
+            found.append((ids[start], start, place))
+            start = place
+    return found
