@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,10 @@ def add_eval_command(commands: Any) -> None:
     parser.add_argument("--step", type=int, help="a checkpoint's step (default: the newest)")
     parser.add_argument("--data", type=Path, help="held-out documents of this dataset instead of the run's own")
     parser.add_argument("--window", type=int, help="tokens of context (default: data.seq_len of the run)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences in a forward (default: 8)")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences in a forward, texts written together (default: 8)"
+    )
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="round the weights first, see docs/generation.md")
     parser.add_argument("--tasks", help="names of lm-evaluation-harness tasks, joined by commas")
     parser.add_argument("--task-folder", type=Path, help="where the tasks' YAML files lie (default: the harness's own)")
     parser.add_argument("--fewshot", type=int, help="examples before each question (default: the task's own)")
@@ -51,25 +54,40 @@ def _eval(options: Any) -> int:
     _check(options)
     import torch
 
-    from launch.completion import completer
+    from launch.completions import complete
+    from launch.generate_commands import QUANTIZED
     from launch.load import load_run
+    from model.quantize import quantize
+    from model.sampling import Sampling
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_run(options.run, device, options.step)
     window = options.window or loaded.config.data.seq_len
-    figures: dict[str, Any] = {"step": loaded.saved.step, "window": window}
-    complete = completer(loaded.model, loaded.tokenizer, window)
+    figures: dict[str, Any] = {"step": loaded.saved.step, "window": window, "quantized": options.quantize}
+    if options.quantize:
+        size = quantize(loaded.model, QUANTIZED[options.quantize])
+        figures["weight_bytes"] = {"before": size.before, "after": size.after}
+
+    def write(
+        prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+    ) -> list[str]:
+        made = complete(
+            loaded, prompts, Sampling(temperature), max_new_tokens=max_new_tokens, seed=seed, stops=stop,
+            batch=options.batch_size, context=window,
+        )  # fmt: skip
+        return [one.text for one in made.completions]
+
     if options.tasks:
         from launch.harness import run_tasks
 
         figures["tasks"] = run_tasks(
-            loaded.model, loaded.tokenizer, complete, options.tasks.split(","), options.task_folder, window=window,
+            loaded.model, loaded.tokenizer, write, options.tasks.split(","), options.task_folder, window=window,
             batch_size=options.batch_size, fewshot=options.fewshot, limit=options.limit, seed=options.seed,
         )  # fmt: skip
         for task, metrics in figures["tasks"].items():
             _show(task, metrics)
     if options.humaneval:
-        figures["humaneval"] = _humaneval(options, complete, loaded.saved.step)
+        figures["humaneval"] = _humaneval(options, write, loaded.saved.step)
     if not options.tasks and not options.humaneval:
         figures["heldout"] = _heldout(options, loaded, window)
     if loaded.dataset is not None:

@@ -5,12 +5,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.context import EXIT_OK
 from launch.config import ConfigError
 
-QUANTIZED = {"int8": 8, "int4": 4}
+QUANTIZED: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
 
 
 def add_generate_command(commands: Any) -> None:
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
              f"use at most {longest}"]
         )  # fmt: skip
     drafter = make_drafter(loaded, options.speculative, options.draft_tokens, device)
-    size = quantize(loaded.model, QUANTIZED[options.quantize]) if options.quantize else None  # type: ignore[arg-type]
+    size = quantize(loaded.model, QUANTIZED[options.quantize]) if options.quantize else None
     printer = Printer(prompts)
     made = complete(
         loaded, prompts, Sampling(options.temperature, options.top_k, options.top_p),

@@ -1,5 +1,6 @@
 """A run's model under EleutherAI's lm-evaluation-harness, on task files that lie on this machine."""
 
+import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -13,13 +14,16 @@ from launch.scoring import Pair, score
 from model.transformer import Transformer
 
 PACKAGE = "lm-eval"
+WRITTEN_AT_ONCE = 64  # texts between two reports of progress
 
 
 class Complete(Protocol):
-    """Writes on from a prompt."""
+    """Writes on from prompts."""
 
-    def __call__(self, prompt: str, *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> str:
-        """The new text, without the stop string that ended it."""
+    def __call__(
+        self, prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+    ) -> list[str]:
+        """The new texts, without the stop string that ended them; prompt i draws with seed + i."""
 
 
 def run_tasks(
@@ -135,21 +139,28 @@ def make_adapter(
             return totals
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            written = []
-            for number, (prompt, wish) in enumerate(request.args for request in requests):
+            alike: dict[str, list[int]] = {}  # requests that can share a batch
+            for number, request in enumerate(requests):
+                alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+            written, done = [""] * len(requests), 0
+            for numbers in alike.values():
+                wish = requests[numbers[0]].args[1]
                 drawn = wish.get("do_sample", float(wish.get("temperature", 0) or 0) > 0)
                 until = wish.get("until", [])
-                written.append(
-                    complete(
-                        prompt,
+                for first in range(0, len(numbers), WRITTEN_AT_ONCE):
+                    some = numbers[first : first + WRITTEN_AT_ONCE]
+                    texts = complete(
+                        [requests[number].args[0] for number in some],
                         stop=[until] if isinstance(until, str) else list(until),
                         max_new_tokens=int(wish.get("max_gen_toks", 256)),
                         temperature=float(wish.get("temperature", 1.0)) if drawn else 0.0,
-                        seed=seed + number,
+                        seed=seed + first,
                     )
-                )
-                if not disable_tqdm:
-                    progress_line("writing", number + 1, len(requests))
+                    for number, text in zip(some, texts, strict=True):
+                        written[number] = text
+                    done += len(some)
+                    if not disable_tqdm:
+                        progress_line("writing", done, len(requests))
             return written
 
     return Adapter()

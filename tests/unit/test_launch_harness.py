@@ -34,8 +34,11 @@ def build() -> Transformer:
     return model.eval()
 
 
-def says(prompt: str, *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> str:
-    return {"the cat": "sat"}.get(prompt, "nothing")
+def says(
+    prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+) -> list[str]:
+    assert (stop, max_new_tokens, temperature) == (["."], 8, 0.0)
+    return [{"the cat": "sat"}.get(prompt, "nothing") for prompt in prompts]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import sandbox
+from launch import humaneval, sandbox
 from launch.humaneval import complete_problems, judge, pass_at_k, write_samples
 from launch.sandbox import Limits
 
@@ -40,14 +40,18 @@ def test_only_a_program_that_passes_its_tests_passes(tmp_path: Path) -> None:
     assert [line["passed"] for line in lines] == list(endings.values()) and lines[0]["task_id"] == "Own/0"
 
 
-def test_every_sample_has_a_seed_of_its_own() -> None:
+def test_every_sample_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def complete(prompt: str, *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int) -> str:
-        seen.append((prompt, seed, temperature))
-        return f"#{seed}"
+    def complete(
+        prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+    ) -> list[str]:
+        seen.extend((prompt, seed + i, temperature) for i, prompt in enumerate(prompts))
+        return [f"#{prompt}" for prompt in prompts]
 
+    monkeypatch.setattr(humaneval, "WRITTEN_AT_ONCE", 4)
     written = complete_problems(complete, PROBLEMS.values(), n_samples=3, temperature=0.5, seed=10)
+    assert all(PROBLEMS[task]["prompt"] == text[1:] for task, text in written)
     assert [task for task, _ in written] == ["Own/0"] * 3 + ["Own/1"] * 3
     assert len({seed for _, seed, _ in seen}) == 6 and {temperature for *_, temperature in seen} == {0.5}
 
