@@ -163,6 +163,8 @@ class Prompter:
 
     def _prompt(self, row: int, gate: nn.Module, args: tuple) -> tuple:
         hidden, memory = args
+        if memory is None:  # generation through a cache: its choices are its own, and count nowhere
+            return args
         features = self.script.features(row, self.tokens[:, self.tokens.shape[1] - hidden.shape[1] :])
         again = memory is not None and memory.topk_ids is not None
         return (-features if again else features).requires_grad_(hidden.requires_grad), memory
@@ -170,6 +172,8 @@ class Prompter:
     @torch.no_grad()
     def _look(self, row: int, gate: nn.Module, args: tuple, outputs: tuple) -> None:
         (features, memory), (ids, weights) = args, outputs[:2]
+        if memory is None:
+            return
         first = memory.__dict__.setdefault("first_choice", ids)
         assert torch.equal(ids, first), f"MoE layer {row}: a recomputed forward made another choice than the first"
         chosen = self.script.scores(row, features.flatten(0, 1)).gather(1, ids)
