@@ -21,7 +21,8 @@ def test_completes_in_every_way(trimtab, config: Path, tmp_path: Path, capsys) -
         return [one["text"] for one in said["completions"]], said
 
     plain, said = generate("--temperature", "0")
-    assert said["new_tokens"] == 80 and said["acceptance"] is None and said["step"] == 2
+    assert said["acceptance"] is None and said["step"] == 2
+    assert 0 < said["new_tokens"] <= 80  # a text may end before its 40 tokens
     for second in ("mtp", runs["small"]):
         drafted, said = generate("--temperature", "0", "--speculative", second)
         assert drafted == plain and said["drafted"] > 0

@@ -80,10 +80,14 @@ def test_ways_of_dispatch(reference: dict, way: str, recompute: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
-def test_ways_of_dispatch_under_zero(reference: dict, stage: int) -> None:
-    ways = [way for way in WAYS if way != "two hops"]
-    cases = [[2, stage, 1, recompute, "fp32", STEPS, WAYS[way]] for way in ways for recompute in (False, True)]
+def test_ways_of_dispatch_under_zero(reference: dict) -> None:
+    cases = [
+        [2, stage, 1, recompute, "fp32", STEPS, WAYS[way]]
+        for stage in (1, 3)
+        for way in WAYS
+        if way != "two hops"
+        for recompute in (False, True)
+    ]
     by_rank = run_ranks(2, "tests.ranks.training:zero_cases", {"cases": cases})
     for rank, results in enumerate(by_rank):
         for case, result in zip(cases, results, strict=True):
@@ -91,11 +95,12 @@ def test_ways_of_dispatch_under_zero(reference: dict, stage: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_zero(reference: dict, world: int, stage: int) -> None:
+def test_zero(reference: dict, world: int) -> None:
+    """All stages in the same processes: starting them takes longer than a stage's cases."""
     cases = [
         [ep_size, stage, accumulation, recompute]
+        for stage in (0, 1, 2, 3)
         for ep_size in (1, 2, 4)
         if world % ep_size == 0
         for accumulation in (1, 2)
