@@ -66,6 +66,15 @@ class Cluster:
             assert time.monotonic() < deadline, "the head does not answer"
             time.sleep(0.5)
 
+    def wait_until_started(self, number: int, seconds: float = 120.0) -> None:
+        """Returns when a machine's Ray says that it has started."""
+        log = self.folder / f"ray-{number}.log"
+        deadline = time.monotonic() + seconds
+        while "Ray runtime started" not in log.read_text():
+            assert self.processes[number].poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"machine {number} has not started: {log.read_text()}"
+            time.sleep(0.2)
+
     def end(self, number: int) -> None:
         """Ends it, whatever it is doing."""
         process = self.processes.pop(number)
@@ -105,8 +114,9 @@ def test_a_cable_is_pulled_and_plugged_in_again(config: Path, undisturbed: Path,
         try:
             cluster.start(0)
             cluster.wait_until_reachable()
-            for number in (1, 2):
+            for number in (1, 2):  # one after the other: their Rays share this machine's folder of the session
                 cluster.start(number)
+                cluster.wait_until_started(number)
             said = folder / "driver.log"
             with open(said, "wb") as log:
                 driver = machines.start(0, words, cluster.environment, log)
