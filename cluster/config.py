@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+OWN_LIMITS = ("load", "data", "forward", "exchange", "backward")  # sections that may have a limit of their own
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -16,9 +18,9 @@ class ClusterConfig:
     missing it waits wait_for_nodes_s for them, then goes on with the largest number of workers that the configuration
     can run on, but not with fewer than min_workers; when the nodes are back it grows again.
 
-    A rank that stays in one section longer than its limit hangs, and is killed: limit_start_s is for start and load,
-    limit_save_s for save, limit_step_s for each other section of a step. 0 sets no limit. Below parallel.timeout_s,
-    limit_step_s comes before the other ranks' collectives give up.
+    A rank that stays in one section longer than its limit hangs, and is killed: limit_start_s is for start, and for
+    load unless that has its own, limit_save_s for save, limit_step_s for each other section of a step unless that has
+    its own. 0 sets no limit. Below parallel.timeout_s, limit_step_s comes before the other ranks' collectives give up.
     """
 
     nodes: int = 1
@@ -39,6 +41,11 @@ class ClusterConfig:
     limit_start_s: float = 1800.0
     limit_step_s: float = 450.0
     limit_save_s: float = 2400.0
+    limit_load_s: float | None = None
+    limit_data_s: float | None = None
+    limit_forward_s: float | None = None
+    limit_exchange_s: float | None = None  # a layer's dispatch, experts and combination, in the forward
+    limit_backward_s: float | None = None
 
     def problems(self) -> list[str]:
         """Every rule that this section breaks, each with its key, value and a way out."""
@@ -75,10 +82,10 @@ class ClusterConfig:
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 found.append(f"cluster.{name} = {value} must be 0 or more seconds")
-        for name in ("limit_start_s", "limit_step_s", "limit_save_s"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                found.append(f"cluster.{name} = {value} must be 0 (no limit) or more seconds")
+        for name in ("start", "step", "save", *OWN_LIMITS):
+            value = getattr(self, f"limit_{name}_s")
+            if value is not None and not 0 <= value < float("inf"):
+                found.append(f"cluster.limit_{name}_s = {value} must be 0 (no limit) or more seconds")
         if self.capacity_wait_s < 0:
             found.append(f"cluster.capacity_wait_s = {self.capacity_wait_s} must be 0 (do not wait) or more seconds")
         return found

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.causes import STARTING, Place
-from cluster.config import ClusterConfig
+from cluster.config import OWN_LIMITS, ClusterConfig
 from cluster.context import RankContext
 from cluster.places import parse_line, section_file
 from cluster.stacks import Look, describe, odd_ones, read_spied, read_stacks
@@ -43,6 +43,9 @@ STACKS_SIGNAL = signal.SIGUSR2
 def new_watch(spec: ClusterConfig, folder: Path) -> dict[str, Any] | None:
     """What the ranks of one launch are told of their monitors, JSON-able; None where no limit is set."""
     limits = {"start": spec.limit_start_s, "step": spec.limit_step_s, "save": spec.limit_save_s}
+    for section in OWN_LIMITS:
+        own = getattr(spec, f"limit_{section}_s")
+        limits[section] = own if own is not None else limit_of(section, limits)
     if not any(limits.values()):
         return None
     return {"folder": str(Path(folder).resolve()), "launch": secrets.token_hex(8), "limits": limits}
@@ -98,7 +101,7 @@ def stop_monitor(monitor: subprocess.Popen | None) -> None:
 
 def limit_of(section: str, limits: dict[str, float]) -> float:
     """How many seconds a section may last; 0 is for ever."""
-    return limits["start" if section in STARTING else "save" if section == "save" else "step"]
+    return limits.get(section, limits["start" if section in STARTING else "step"])
 
 
 class Monitor:

@@ -292,6 +292,7 @@ def assemble(
     """
     faults = faults or Faults()
     exchange = faults.wrap(make_exchange(config.parallel, ranks))
+    exchange = exchange if sections is None else sections.wrap(exchange)
     model = Transformer(config.model, exchange, recompute=config.parallel.recompute)
     for name, module in model.named_modules():
         if isinstance(module, MoE):

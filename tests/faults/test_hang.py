@@ -24,7 +24,7 @@ def test_the_launcher_reports_a_hang_and_the_rank_that_hung(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fault", "section", "seen"),
     [
-        ("stop@rank=1,step=3", "forward", "rank 1: stopped"),
+        ("stop@rank=1,step=3,phase=exchange", "exchange", "rank 1: stopped"),
         ("hang@rank=1,step=3,phase=data", "data", "drills.py"),
     ],
 )

@@ -22,6 +22,7 @@ def test_defaults_have_no_problems():
         ({"stop_grace_s": -5.0}, "cluster.stop_grace_s = -5.0", "more than 0 seconds"),
         ({"capacity_wait_s": -1.0}, "cluster.capacity_wait_s = -1.0", "0 (do not wait)"),
         ({"limit_step_s": -1.0}, "cluster.limit_step_s = -1.0", "0 (no limit)"),
+        ({"limit_data_s": -1.0}, "cluster.limit_data_s = -1.0", "0 (no limit)"),
     ],
 )
 def test_each_rule_names_key_value_and_way_out(change, key, way_out):

@@ -74,6 +74,13 @@ def test_each_section_has_the_limit_of_its_kind() -> None:
     assert {section: limit_of(section, limits) for section in wanted} == wanted
 
 
+def test_a_section_may_have_a_limit_of_its_own(tmp_path: Path) -> None:
+    watch = new_watch(ClusterConfig(limit_step_s=9.0, limit_exchange_s=2.0, limit_load_s=0.0), tmp_path)
+    assert watch
+    wanted = {"exchange": 2.0, "forward": 9.0, "data": 9.0, "step": 9.0, "load": 0.0, "start": 1800.0, "save": 2400.0}
+    assert {section: limit_of(section, watch["limits"]) for section in wanted} == wanted
+
+
 def test_without_limits_there_is_no_monitor(tmp_path: Path) -> None:
     assert new_watch(ClusterConfig(limit_start_s=0, limit_step_s=0, limit_save_s=0), tmp_path) is None
     assert hang_of(None, 0) == ""

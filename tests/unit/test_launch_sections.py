@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from launch.sections import Sections, read_place
+from model.exchange import LocalExchange
 
 
 def test_the_last_mark_stays_and_other_generations_do_not_count(tmp_path: Path) -> None:
@@ -22,3 +23,15 @@ def test_the_last_mark_stays_and_other_generations_do_not_count(tmp_path: Path) 
     assert read_place(tmp_path, 1, 0).step is None
     first.close()
     second.close()
+
+
+def test_the_exchange_is_a_section_inside_another(tmp_path: Path) -> None:
+    sections = Sections(tmp_path, 0)
+    sections.mark("backward", 4)
+    over = sections.inside("exchange")
+    assert (read_place(tmp_path, 0, 0).section, read_place(tmp_path, 0, 0).step) == ("exchange", 4)
+    over()
+    assert (read_place(tmp_path, 0, 0).section, read_place(tmp_path, 0, 0).step) == ("backward", 4)
+    sections.close()
+    alone = LocalExchange()
+    assert sections.wrap(alone) is alone
