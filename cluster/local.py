@@ -165,7 +165,8 @@ class _Gang:
             signal_group(rank.process.pid, signal.SIGKILL)
             rank.process.wait()
             if rank.process.stdin:
-                rank.process.stdin.close()
+                with contextlib.suppress(BrokenPipeError):  # a request to stop that it did not live to read
+                    rank.process.stdin.close()
         self._stream(everything=True)
 
     def _look_at(self, number: int, rank: _Rank) -> None:
