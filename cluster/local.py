@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from cluster.config import ClusterConfig
 from cluster.context import LaunchResult, RankContext, RankFailure
@@ -165,8 +166,7 @@ class _Gang:
             signal_group(rank.process.pid, signal.SIGKILL)
             rank.process.wait()
             if rank.process.stdin:
-                with contextlib.suppress(BrokenPipeError):  # a request to stop that it did not live to read
-                    rank.process.stdin.close()
+                close_pipe(rank.process.stdin)
         self._stream(everything=True)
 
     def _look_at(self, number: int, rank: _Rank) -> None:
@@ -255,3 +255,9 @@ class _Gang:
     def _stream(self, everything: bool = False) -> None:
         if self.tail and (text := self.tail.read(everything)):
             self.on_output(text)
+
+
+def close_pipe(pipe: IO[bytes]) -> None:
+    """Closes the way to a process that has ended; what it did not live to read is no error."""
+    with contextlib.suppress(BrokenPipeError):
+        pipe.close()

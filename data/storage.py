@@ -17,7 +17,7 @@ from data.errors import DataError
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ADDRESS = re.compile(r"([a-z][a-z0-9+]*)://")
 # Commands, caches, passwords in the clear, and file systems that lead to whatever address a file of theirs names.
-_REFUSED = frozenset(
+REFUSED = frozenset(
     [
         "pipe",
         "shell",
@@ -61,7 +61,7 @@ def address_problems(path: str) -> list[str]:
     match = _ADDRESS.match(path)
     if path.startswith("pipe:") or "::" in path or match is None:
         return [f"data.path = {path!r} is not a plain address; use one such as s3://bucket/folder, without :: or pipe:"]
-    if match[1] in _REFUSED:
+    if match[1] in REFUSED:
         return [f"data.path = {path!r}: {match[1]}:// is not supported; use file, http, https, s3, gs, abfs or memory"]
     return []
 

@@ -21,8 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, backend: Backend = "a
         weight: (D,), any float dtype.
         eps: added to the mean square.
         backend: `reference`, or `triton` (a GPU, or Triton's interpreter); `auto` takes the reference on a CPU, and on
-            a GPU the one that was measured to be faster (kernels/choice.py). A plain autograd function and no
-            torch.library.custom_op: the dispatcher's detour costs a small model on a CPU more than the norm.
+            a GPU the one that was measured to be faster (kernels/choice.py). A plain autograd function, not
+            a registered operator: the dispatcher's detour costs a small model on a CPU more than the norm.
 
     Returns:
         (..., D) in x's dtype; sums are taken in fp32.

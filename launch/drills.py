@@ -4,16 +4,18 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from data.errors import DataError
+from launch.around import Around
 from launch.faults import Fault, parse
 from launch.runfolder import JsonLines, read_records, utc_now
-from model.exchange import Exchange, ExpertFunction
+from model.exchange import Exchange
 from model.naming import is_expert
 
 
@@ -60,7 +62,12 @@ class Faults:
     def wrap(self, exchange: Exchange) -> Exchange:
         """The exchange, with the place of phase `exchange` in front of each layer's transfers."""
         wanted = any(fault.phase == "exchange" for fault in self._mine)
-        return _Drilled(exchange, lambda: self.at("exchange", self._step)) if wanted else exchange
+        return Around(exchange, self._in_exchange) if wanted else exchange
+
+    @contextmanager
+    def _in_exchange(self) -> Iterator[None]:
+        self.at("exchange", self._step)
+        yield
 
     def save_hook(self, step: int) -> Callable[[str], None]:
         """What a save calls at each of its points, from whatever thread. step: the step that is saved."""
@@ -131,25 +138,3 @@ def _flip(module: nn.Module) -> None:
     values = dict(module.named_parameters())[names[len(names) // 2]].view(-1)[:1]
     width = {2: torch.int16, 4: torch.int32}[values.element_size()]
     values.view(width).bitwise_xor_(1 << (4 if width == torch.int16 else 20))
-
-
-class _Drilled:
-    """An exchange with a place for faults in front of each layer's transfers."""
-
-    def __init__(self, inner: Exchange, place: Callable[[], None]) -> None:
-        self._inner, self._place = inner, place
-        self.ep_size, self.ep_rank = inner.ep_size, inner.ep_rank
-
-    def run(
-        self,
-        x: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        n_routed_experts: int,
-        experts: ExpertFunction,
-        parameters: tuple[torch.Tensor, ...],
-        meanwhile: Callable[[], torch.Tensor] | None = None,
-        layer: str = "",
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self._place()
-        return self._inner.run(x, topk_ids, topk_weights, n_routed_experts, experts, parameters, meanwhile, layer)

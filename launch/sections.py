@@ -6,14 +6,14 @@ behind, and whoever watches from outside needs nothing of the rank's cooperation
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-from torch import Tensor
 
 from cluster.causes import Place
 from cluster.places import parse_line, place_line, section_file
-from model.exchange import Exchange, ExpertFunction
+from launch.around import Around
+from model.exchange import Exchange
 
 
 class Sections:
@@ -39,42 +39,21 @@ class Sections:
 
     def wrap(self, exchange: Exchange) -> Exchange:
         """The exchange, each layer's way through it being the section `exchange`; as it is where nothing travels."""
-        return _Noted(exchange, self) if exchange.ep_size > 1 else exchange
+        return Around(exchange, lambda: self.inside("exchange")) if exchange.ep_size > 1 else exchange
 
-    def inside(self, section: str) -> Callable[[], None]:
-        """A section inside another one begins; what is returned marks the outer one again."""
+    @contextmanager
+    def inside(self, section: str) -> Iterator[None]:
+        """A section inside another one, which is marked again at the end."""
         outer = self._now
         self.mark(section, outer[1])
-        return lambda: self.mark(*outer)
+        try:
+            yield
+        finally:
+            self.mark(*outer)
 
     def close(self) -> None:
         """Closes the file and leaves it."""
         os.close(self._fd)
-
-
-class _Noted:
-    """An exchange that notes when a layer's tokens go out, and when their results are back."""
-
-    def __init__(self, inner: Exchange, sections: Sections) -> None:
-        self._inner, self._sections = inner, sections
-        self.ep_size, self.ep_rank = inner.ep_size, inner.ep_rank
-
-    def run(
-        self,
-        x: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        n_routed_experts: int,
-        experts: ExpertFunction,
-        parameters: tuple[Tensor, ...],
-        meanwhile: Callable[[], Tensor] | None = None,
-        layer: str = "",
-    ) -> tuple[Tensor, Tensor | None]:
-        over = self._sections.inside("exchange")
-        try:
-            return self._inner.run(x, topk_ids, topk_weights, n_routed_experts, experts, parameters, meanwhile, layer)
-        finally:
-            over()
 
 
 def read_place(folder: Path, generation: int, rank: int | None = None) -> Place:

@@ -82,7 +82,7 @@ class ObjectStore(AbstractFileSystem):
         self.file(path).unlink()
 
     def mv(self, *paths: Any, **more: Any) -> None:
-        raise NotImplementedError("objects cannot be renamed")
+        raise io.UnsupportedOperation("objects cannot be renamed")
 
     rename = move = copy = cp_file = mv
 

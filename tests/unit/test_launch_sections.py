@@ -28,9 +28,8 @@ def test_the_last_mark_stays_and_other_generations_do_not_count(tmp_path: Path) 
 def test_the_exchange_is_a_section_inside_another(tmp_path: Path) -> None:
     sections = Sections(tmp_path, 0)
     sections.mark("backward", 4)
-    over = sections.inside("exchange")
-    assert (read_place(tmp_path, 0, 0).section, read_place(tmp_path, 0, 0).step) == ("exchange", 4)
-    over()
+    with sections.inside("exchange"):
+        assert (read_place(tmp_path, 0, 0).section, read_place(tmp_path, 0, 0).step) == ("exchange", 4)
     assert (read_place(tmp_path, 0, 0).section, read_place(tmp_path, 0, 0).step) == ("backward", 4)
     sections.close()
     alone = LocalExchange()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel import retention
+from data import storage
+from parallel import remote, retention
 from parallel.remote import RemoteError, RemotePath, address_problems, is_remote
 from parallel.roots import aside, committed, drafts, new_name, newest_step, readable, root_of, step_of
 from parallel.safetensors_file import SafetensorsReader, file_size, sha256, write
@@ -159,3 +160,8 @@ def test_addresses(tmp_path: Path) -> None:
         assert problem.startswith(f"checkpoint.dir = {bad!r}")
     with pytest.raises(RemoteError, match="nosuchprotocol"):
         RemotePath("nosuchprotocol://x", 1.0).files()
+
+
+def test_data_and_checkpoints_refuse_the_same_kinds_of_address() -> None:
+    """The rooms may not import each other, so the rule stands in both."""
+    assert remote.REFUSED == storage.REFUSED
