@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from launch.sections import Sections
 from model.exchange import Exchange
 
 
@@ -20,3 +21,8 @@ class Around:
         """As the inner exchange."""
         with self._around():
             return self._inner.run(*arguments, **named)
+
+
+def in_section(exchange: Exchange, sections: Sections) -> Exchange:
+    """The exchange, each layer's way through it being the section `exchange`; as it is where nothing travels."""
+    return Around(exchange, lambda: sections.inside("exchange")) if exchange.ep_size > 1 else exchange

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from cluster.causes import Place
 from cluster.places import parse_line, place_line, section_file
-from launch.around import Around
-from model.exchange import Exchange
 
 
 class Sections:
@@ -36,10 +34,6 @@ class Sections:
             os.pwrite(self._fd, place_line(self.generation, section, step, time.time()), 0)
         except OSError:
             return
-
-    def wrap(self, exchange: Exchange) -> Exchange:
-        """The exchange, each layer's way through it being the section `exchange`; as it is where nothing travels."""
-        return Around(exchange, lambda: self.inside("exchange")) if exchange.ep_size > 1 else exchange
 
     @contextmanager
     def inside(self, section: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from data.foreign import ForeignStream
 from data.stream import Stream
 from launch import balance_stats
 from launch.alarms import Alarm, Alarms, actions
+from launch.around import in_section
 from launch.config import Config
 from launch.drills import Faults
 from launch.feed import Feed, open_feed
@@ -292,7 +293,7 @@ def assemble(
     """
     faults = faults or Faults()
     exchange = faults.wrap(make_exchange(config.parallel, ranks))
-    exchange = exchange if sections is None else sections.wrap(exchange)
+    exchange = exchange if sections is None else in_section(exchange, sections)
     model = Transformer(config.model, exchange, recompute=config.parallel.recompute)
     for name, module in model.named_modules():
         if isinstance(module, MoE):

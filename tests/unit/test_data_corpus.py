@@ -166,7 +166,7 @@ def test_builtin_on_demand(tmp_path: Path) -> None:
     first = pack_builtin("python-bytes", tmp_path / "datasets")
     assert not first.reused and first.manifest.train.n_bytes > 5_000_000
     second = pack_builtin("python-bytes", tmp_path / "datasets")
-    assert second.reused and second.seconds < 1 and second.manifest == first.manifest
+    assert second.reused and second.manifest == first.manifest
     with pytest.raises(DataError, match="not a built-in corpus"):
         pack_builtin("ruby", tmp_path)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from launch.around import in_section
 from launch.sections import Sections, read_place
 from model.exchange import LocalExchange
 
@@ -33,4 +34,4 @@ def test_the_exchange_is_a_section_inside_another(tmp_path: Path) -> None:
     assert (read_place(tmp_path, 0, 0).section, read_place(tmp_path, 0, 0).step) == ("backward", 4)
     sections.close()
     alone = LocalExchange()
-    assert sections.wrap(alone) is alone
+    assert in_section(alone, sections) is alone
