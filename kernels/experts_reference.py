@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.grouped_mm import grouped_mm, offsets, takes_grouped_mm
+from kernels.products import outer_product, rows_product
 
 # The input, hidden values and results of a piece. Smaller pieces cut an expert's products in two and lose more by that
 # than they gain by the cache; larger ones only take memory.
@@ -211,7 +212,7 @@ def _product(piece: Piece, rows: Tensor, matrices: _Matrices, out: Tensor) -> Te
     if takes_grouped_mm(rows, matrices.whole):
         return out.copy_(grouped_mm()(rows, matrices.whole, offs=_offsets(piece, matrices.whole)))
     for expert, part, into in zip(piece.experts, rows.split(piece.sizes), out.split(piece.sizes), strict=True):
-        torch.mm(part, matrices.each[expert], out=into)
+        rows_product(part, matrices.each[expert], into)
     return out
 
 
@@ -220,15 +221,10 @@ def _add_outer(piece: Piece, left: Tensor, right: Tensor, out: Tensor) -> None:
     if takes_grouped_mm(right, out):
         out.copy_(grouped_mm()(left.t(), right, offs=_offsets(piece, out)))
         return
-    parts = zip(piece.experts, left.t().split(piece.sizes, 1), right.split(piece.sizes), strict=True)
     continues = piece.continues
-    for expert, a, b in parts:
-        into = out[expert]
-        if continues:
-            torch.addmm(into, a, b, out=into)
-            continues = False
-        else:
-            torch.mm(a, b, out=into)
+    for expert, a, b in zip(piece.experts, left.split(piece.sizes), right.split(piece.sizes), strict=True):
+        outer_product(a, b, out[expert], add=continues)
+        continues = False
 
 
 def _offsets(piece: Piece, weight: Tensor) -> Tensor:

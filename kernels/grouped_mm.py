@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.backend import TRITON_DTYPES, has_triton, require_triton, size_class
 from kernels.choice import fastest
+from kernels.products import outer_product, rows_product
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 
@@ -144,7 +145,7 @@ class _Loop:
         *slices, rest = zip(_split(x, counts), _split(out, counts), strict=True)
         for (rows, result), matrix in zip(slices, matrices, strict=True):
             if rows.shape[0]:
-                torch.mm(rows, matrix, out=result)
+                rows_product(rows, matrix, result)
         rest[1].zero_()
         return out
 
@@ -155,7 +156,7 @@ class _Loop:
         *slices, _ = zip(_split(grad, counts), _split(x, counts), strict=True)
         for (grads, rows), result in zip(slices, out.unbind(0), strict=True):
             if rows.shape[0]:
-                torch.mm(grads.t(), rows, out=result)
+                outer_product(grads, rows, result, add=False)
             else:
                 result.zero_()
         return out

@@ -17,6 +17,7 @@ from kernels.experts import experts_mlp
 from kernels.fp8 import quantize_rows
 from kernels.grouped_mm import grouped_linear, grouped_mm
 from kernels.permute import Permutation, permute, sort_by_expert, unpermute
+from kernels.products import choose_products, in_steps, products_through
 from kernels.rms_norm import rms_norm
 from kernels.rope import rotate
 from kernels.router_topk import RouterRule, router_topk
@@ -41,7 +42,7 @@ GPU = Sizes(32768, 2048, 768, 128, 8, 129_280, 8192, 2048)
 CPU = Sizes(1024, 256, 128, 16, 4, 129_280, 512, 256)
 OPERATIONS = (
     "experts_mlp", "grouped_linear", "permute", "unpermute", "rms_norm", "rotate", "swiglu", "router_topk",
-    "quantize_rows", "linear_cross_entropy",
+    "quantize_rows", "product", "linear_cross_entropy",
 )  # fmt: skip
 
 
@@ -190,6 +191,12 @@ def _plain(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[C
         _peers(lambda backend: lambda x: quantize_rows(x, backend)[1], device),
         bytes=(one + tokens * hidden, 0.0), backward=False,
     )  # fmt: skip
+    matrix = torch.randn(hidden, hidden, device=device, dtype=dtype)
+    yield Case(
+        "product", f"T{tokens} H{hidden} N{hidden}", "", (x, matrix),
+        {"trimtab in training": _product(_chosen()), "torch": _product(False)},
+        (2.0 * tokens * hidden * hidden, 0.0), backward=False,
+    )  # fmt: skip
     tokens, hidden, vocab = sizes.vocab_tokens, sizes.vocab_hidden, sizes.vocab
     x = torch.randn(tokens, hidden, device=device, dtype=dtype)
     head = torch.randn(vocab, hidden, device=device, dtype=dtype) / hidden**0.5
@@ -207,6 +214,20 @@ def _plain(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[C
         # of the three products that both need; ours computes one of them again
         (products, 3 * products),
     )  # fmt: skip
+
+
+def _chosen() -> bool:
+    """Whether training takes oneDNN here."""
+    with products_through(in_steps()):
+        return choose_products()
+
+
+def _product(onednn: bool) -> Callable[..., Tensor]:
+    def run(x: Tensor, matrix: Tensor) -> Tensor:
+        with products_through(onednn):
+            return x @ matrix
+
+    return run
 
 
 def _peers(make: Callable[[Any], Callable[..., Tensor]], device: torch.device) -> dict[str, Callable[..., Tensor]]:

@@ -35,6 +35,7 @@ def run_ranks(function: str, job: dict[str, Any], n_ranks: int, timeout_s: float
         function: its result must be JSON-able.
         job: JSON-able. "threads": of each process (1 where absent, null for what torch takes by itself).
             "keep_freed_memory": false for the C library's own allocator settings, not launch/allocator.py's.
+            "products": true for fp32 products as our training has them (kernels/products.py), torch's own where absent.
 
     Returns:
         The results by rank.
@@ -111,6 +112,7 @@ def _resident(key: str) -> int | None:
 def _main(function: str, folder: Path, rank: int, n_ranks: int) -> None:
     import torch
 
+    from kernels.products import choose_products
     from launch.allocator import keep_freed_memory
     from parallel.ranks import join_process_group
 
@@ -119,6 +121,8 @@ def _main(function: str, folder: Path, rank: int, n_ranks: int) -> None:
         torch.set_num_threads(threads)
     if job.get("keep_freed_memory", True):  # the same for whoever is measured
         keep_freed_memory()
+    if job.get("products", False):
+        choose_products()
     module, _, name = function.partition(":")
     join_process_group(f"file://{folder}/rendezvous", rank, n_ranks, "gloo", 600, None)
     result = getattr(importlib.import_module(module), name)(job, rank, n_ranks)

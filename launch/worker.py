@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cluster.context import RankContext
+from kernels.products import choose_products, in_steps
 from launch.allocator import keep_freed_memory
 from launch.config import Config, from_tables
 from launch.drills import Faults
@@ -40,6 +41,7 @@ def main(context: RankContext, payload: dict[str, Any], prepare: Prepare | None 
     virtual = plain and config.parallel.virtual_ranks > 1
     watch = None if virtual else _watch(config, payload, context.rank, context)
     keep_freed_memory()
+    choose_products()
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 calls deprecated, once a process.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     device = choose_device(config.cluster.accelerator, context.device_index)
@@ -109,6 +111,7 @@ def _train(
             zero_stage=None if plain else config.parallel.zero_stage,
             device=str(device),
             threads_per_rank=torch.get_num_threads(),
+            cpu_products="onednn" if in_steps() else "mkl",
         )
         loading = time.time()
         session.at("load")

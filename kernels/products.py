@@ -1,0 +1,155 @@
+"""Products of fp32 matrices on a CPU: through oneDNN where MKL uses half of the processor.
+
+MKL runs its AVX2 code on AMD's processors, oneDNN its AVX-512 code: twice the speed in the same precision
+(docs/kernels.md). torch asks oneDNN for fp32 products only where it is allowed to round their factors to bf16, which
+oneDNN does on processors with tiles for it (AMX) and not on these; that they stay fp32 is tried once before anything
+relies on it. oneDNN makes a program for each new shape, milliseconds each, so rows in groups of any length go to it in
+few lengths: `rows_product` and `outer_product`.
+"""
+
+# R rows of a group, K common width, N columns, S = STEP
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Lengths that groups are cut to: multiples of STEP, and below it of SMALL. Half of it would mean twice the programs,
+# twice as much twice the rows that are computed again.
+STEP, SMALL = 64, 16
+# Below so many rows MKL is faster: 192 x 512 by 8 rows 48 us each, by 4 rows 33 and 45 us, by 16 rows 68 and 73 us.
+FEW = 24
+_SETTINGS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  (torch puts it there where mypy cannot see it)
+_onednn = False  # what was set last; torch takes 2 us to tell
+
+
+def choose_products(allowed: bool = True) -> bool:
+    """Sets this process's fp32 products on CPUs: through oneDNN where that is faster and as exact, else through MKL.
+
+    The choice depends on the processor alone, not on a clock, so that a run gives the same numbers when it is repeated.
+
+    Args:
+        allowed: False takes MKL whatever the processor.
+
+    Returns:
+        Whether they go through oneDNN from now on.
+    """
+    _through_onednn(allowed and _slow_in_mkl() and stays_exact())
+    return in_steps()
+
+
+def in_steps() -> bool:
+    """Whether fp32 products go through oneDNN, so that groups of rows should have few lengths."""
+    return _onednn
+
+
+@functools.cache
+def stays_exact() -> bool:
+    """Whether oneDNN leaves fp32 factors as they are: a product with the identity gives back bits that bf16 lacks."""
+    with products_through(onednn=True):
+        for rows, width in ((STEP, 256), (8 * STEP, 64), (1, 512)):
+            x = 1 + torch.arange(rows * width, dtype=torch.float32).view(rows, width) * 2.0**-20
+            if not torch.equal(x @ torch.eye(width), x) or not torch.equal(torch.eye(rows) @ x, x):
+                return False
+    return True
+
+
+@contextmanager
+def products_through(onednn: bool) -> Iterator[None]:
+    """Inside, fp32 products on CPUs go through oneDNN or through MKL, whatever was chosen.
+
+    The setting is the whole process's: not for code that runs in threads side by side.
+    """
+    before = in_steps()
+    if before != onednn:
+        _through_onednn(onednn)
+    try:
+        yield
+    finally:
+        if before != onednn:
+            _through_onednn(before)
+
+
+def few_rows(n_rows: int, few: int = FEW) -> AbstractContextManager[None]:
+    """Inside, products of fewer than `few` rows go through MKL, which is faster there: oneDNN rewrites the matrix for
+    each. As `products_through`, not for threads."""
+    return products_through(in_steps() and n_rows >= few)
+
+
+def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """out = rows @ matrix, where groups of rows come in any length.
+
+    With oneDNN a group is computed in whole steps and, where rows are left, in the last S rows once more:
+
+        R 150, S 64:   rows 0..127,  rows 86..149
+
+    Args:
+        rows: (R, K). matrix: (K, N), any strides. out: (R, N), written.
+    """
+    n_rows = rows.shape[0]
+    rest = n_rows % STEP
+    if not rest or rows.dtype != torch.float32 or rows.device.type != "cpu" or not in_steps():
+        torch.mm(rows, matrix, out=out)
+    elif n_rows > STEP:
+        torch.mm(rows[: n_rows - rest], matrix, out=out[: n_rows - rest])
+        torch.mm(rows[-STEP:], matrix, out=out[-STEP:])
+    else:
+        out.copy_(torch.mm(_filled(rows), matrix)[:n_rows])
+
+
+def outer_product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
+    """out = left^T @ right, or added to it, where groups of rows come in any length.
+
+    Args:
+        left: (R, K). right: (R, N). out: (K, N), written. add: to what `out` holds.
+    """
+    n_rows = left.shape[0]
+    rest = n_rows % STEP
+    if rest and left.dtype == torch.float32 and left.device.type == "cpu" and in_steps():
+        if n_rows > STEP:
+            _outer(left[: n_rows - rest], right[: n_rows - rest], out, add)
+            add = True
+        left, right = _filled(left[n_rows - rest :]), _filled(right[n_rows - rest :])
+    _outer(left, right, out, add)
+
+
+def _outer(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
+    if add:
+        out.addmm_(left.t(), right)
+    else:
+        torch.mm(left.t(), right, out=out)
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """The rows, then zeros up to the next multiple of SMALL."""
+    n_rows = rows.shape[0]
+    filled = rows.new_empty(-(-n_rows // SMALL) * SMALL, rows.shape[1])
+    filled[:n_rows] = rows
+    filled[n_rows:].zero_()
+    return filled
+
+
+def _through_onednn(wanted: bool) -> None:
+    global _onednn
+    _onednn = wanted
+    _SETTINGS.fp32_precision = "bf16" if wanted else "ieee"
+
+
+@functools.cache
+def _slow_in_mkl() -> bool:
+    """Whether MKL has no code of its own for this processor's widest registers: AMD's with AVX-512."""
+    if platform.machine() != "x86_64" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return False

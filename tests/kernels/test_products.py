@@ -1,0 +1,129 @@
+"""fp32 products on a CPU: the same numbers through either library, and few programs for groups of any length."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import products
+from kernels.experts import experts_mlp
+
+ROOT = Path(__file__).resolve().parents[2]
+LENGTHS = [0, 1, 7, 63, 64, 65, 127, 128, 150, 300]
+
+
+@pytest.fixture(params=["mkl", "onednn"])
+def library(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Products through one of the two, and as before afterwards."""
+    if request.param == "onednn" and not products.stays_exact():
+        pytest.skip("oneDNN rounds fp32 factors to bf16 on this processor, so it is never chosen here")
+    with products.products_through(request.param == "onednn"):
+        yield request.param
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("n_rows", LENGTHS)
+def test_groups_of_any_length(library: str, n_rows: int) -> None:
+    rows, matrix, other = draw(n_rows, 48), draw(32, 48).t(), draw(n_rows, 32)
+    out = torch.full((n_rows, 32), torch.nan)
+    products.rows_product(rows, matrix, out)
+    torch.testing.assert_close(out.double(), rows.double() @ matrix.double(), rtol=1e-5, atol=1e-5)
+    expected = rows.double().t() @ other.double()
+    outer = torch.full((48, 32), torch.nan)
+    products.outer_product(rows, other, outer, add=False)
+    torch.testing.assert_close(outer.double(), expected, rtol=1e-5, atol=1e-4)
+    products.outer_product(rows, other, outer, add=True)
+    torch.testing.assert_close(outer.double(), 2 * expected, rtol=1e-5, atol=2e-4)
+
+
+def test_a_repeated_product_has_the_same_bits(library: str) -> None:
+    rows, matrix = draw(150, 48), draw(48, 32)
+    first, second = torch.empty(150, 32), torch.empty(150, 32)
+    products.rows_product(rows, matrix, first)
+    products.rows_product(rows, matrix, second)
+    assert torch.equal(first, second)
+
+
+def test_experts_are_the_same_through_either_library(library: str) -> None:
+    counts = (0, 70, 1, 129, 64)
+    gate_up, down = draw(5, 32, 24).requires_grad_(), draw(5, 24, 16).requires_grad_()
+    source, weights = draw(100, 24).requires_grad_(), draw(264).abs().requires_grad_()
+    token = torch.randint(100, (264,), generator=torch.Generator().manual_seed(1))
+    inputs = (source, gate_up, down, weights)
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        cast = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = experts_mlp(cast[0], token, cast[1], cast[2], counts, cast[3], combine=True)
+        return [out, *torch.autograd.grad(out.square().sum(), cast)]
+
+    for found, expected in zip(results(torch.float32), results(torch.float64), strict=True):
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(found.double() / scale, expected / scale, rtol=1e-5, atol=2e-6)
+
+
+def test_the_choice() -> None:
+    with products.products_through(products.in_steps()):  # for what comes after
+        assert not products.choose_products(allowed=False) and not products.in_steps()
+        chosen = products.choose_products()
+        assert chosen == products.in_steps() == (products._slow_in_mkl() and products.stays_exact())
+
+
+def test_few_rows_go_through_mkl_and_the_choice_comes_back(library: str) -> None:
+    chosen = products.in_steps()
+    with products.few_rows(products.FEW):
+        assert products.in_steps() == chosen
+    with pytest.raises(KeyError), products.few_rows(products.FEW - 1):
+        assert not products.in_steps()
+        raise KeyError
+    assert products.in_steps() == chosen
+
+
+def test_lower_precision_and_other_types_are_left_alone(library: str) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        rows, matrix = draw(70, 48).to(dtype), draw(48, 32).to(dtype)
+        out = torch.empty(70, 32, dtype=dtype)
+        products.rows_product(rows, matrix, out)
+        assert torch.equal(out, rows @ matrix)
+
+
+PROGRAM = """
+import random, torch
+from kernels import products
+draw = random.Random(0)
+outer = torch.empty(64, 48)
+with products.products_through(onednn=True):
+    for number in range(300):
+        n_rows = draw.randrange(1, 500)
+        out = torch.empty(n_rows, 48)
+        products.rows_product(torch.ones(n_rows, 64), torch.ones(64, 48), out)
+        products.outer_product(torch.ones(n_rows, 64), torch.ones(n_rows, 48), outer, add=number % 2 == 0)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_three_hundred_lengths_need_few_programs() -> None:
+    environment = {**os.environ, "ONEDNN_VERBOSE": "profile_create", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    made = [line for line in done.stdout.splitlines() if "create:cache_miss" in line and ",matmul," in line]
+    # 7 multiples of 64 below 500 and 3 of 16 below 64, for each of: rows, outer, outer added.
+    assert 10 <= len(made) <= 30, len(made)
+
+
+def test_factors_that_are_rounded_to_bf16_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.matmul(left.bfloat16().float(), right.bfloat16().float())
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not products.stays_exact.__wrapped__()
+    monkeypatch.setattr(products, "stays_exact", lambda: False)
+    monkeypatch.setattr(products, "_slow_in_mkl", lambda: True)
+    with products.products_through(products.in_steps()):
+        assert not products.choose_products()
