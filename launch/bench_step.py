@@ -82,6 +82,7 @@ def _measure(
             job = {
                 "way": name, "shape": asdict(shape), "data": str(data), "run": str(folder / f"{name}-{number}"),
                 "warm_up": options.warm_up, "steps": options.steps, "keep_freed_memory": WAYS[name].tuned,
+                "products": WAYS[name].products,
                 "threads": WAYS[name].threads(options.threads, options.ranks),
                 "profile": options.profile and name == OURS and number == options.repeats - 1,
             }  # fmt: skip

@@ -150,6 +150,7 @@ class Way:
     """peer: makes it, of (shape, rank, ranks, seed); None is ours. spreads: experts over all ranks, of ours.
 
     tuned: with our settings of the C library's allocator, which a peer's user would not have.
+    products: with fp32 products through the library that our training takes (kernels/products.py), not torch's own.
     as_launched: with the threads that its own launcher gives a process, not those that the benchmark says. Ours shares
     the cores out; a peer's is taken to leave them to torch, one a core, as DeepSpeed's does unless told to bind cores
     and whoever starts processes by other means. torchrun sets one thread.
@@ -160,6 +161,7 @@ class Way:
     spreads: bool = True
     tuned: bool = True
     as_launched: bool = False
+    products: bool = False
 
     def threads(self, said: int, ranks: int) -> int | None:
         """Of each process; None for what torch takes by itself."""
@@ -168,30 +170,35 @@ class Way:
         return thread_count(0, ranks) if self.peer is None else None
 
 
-def _auto_ep(grouped: bool, launched: bool = False) -> Way:
+def _auto_ep(grouped: bool, launched: bool = False, products: bool = False) -> Way:
     def make(shape: StepShape, rank: int, ranks: int, seed: int) -> Peer:
         return AutoEP(shape, rank, ranks, grouped, seed)
 
-    return Way(make, ("deepspeed", "transformers"), tuned=not launched, as_launched=launched)
+    return Way(make, ("deepspeed", "transformers"), tuned=not launched, as_launched=launched, products=products)
 
 
-def _data_parallel(experts: str, tuned: bool = True, launched: bool = False) -> Way:
+def _data_parallel(experts: str, tuned: bool = True, launched: bool = False, products: bool = False) -> Way:
     def make(shape: StepShape, rank: int, ranks: int, seed: int) -> Peer:
         return DataParallel(shape, experts, seed)
 
-    return Way(make, ("transformers",), tuned=tuned and not launched, as_launched=launched)
+    return Way(make, ("transformers",), tuned=tuned and not launched, as_launched=launched, products=products)
 
 
 WAYS: dict[str, Way] = {
-    "trimtab": Way(None),
-    "trimtab, ep 1": Way(None, spreads=False),
+    "trimtab": Way(None, products=True),
+    "trimtab, ep 1": Way(None, spreads=False, products=True),
+    "trimtab, torch's products": Way(None),
     "DeepSpeed AutoEP": _auto_ep(grouped=True),
     "DeepSpeed AutoEP, loop": _auto_ep(grouped=False),
     "transformers eager": _data_parallel("eager"),
     "transformers grouped_mm": _data_parallel("grouped_mm"),
+    "AutoEP, our products": _auto_ep(grouped=True, products=True),
+    "eager, our products": _data_parallel("eager", products=True),
+    "grouped_mm, our products": _data_parallel("grouped_mm", products=True),
     "eager as installed": _data_parallel("eager", tuned=False),
-    "trimtab as launched": Way(None, as_launched=True),
+    "trimtab as launched": Way(None, as_launched=True, products=True),
     "AutoEP as launched": _auto_ep(grouped=True, launched=True),
+    "AutoEP, loop, as launched": _auto_ep(grouped=False, launched=True),
     "eager as launched": _data_parallel("eager", launched=True),
     "grouped_mm as launched": _data_parallel("grouped_mm", launched=True),
 }
