@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention import causal_attention
 from model.attention import Attention
 from model.span import Span
 
@@ -31,6 +32,8 @@ class CachedAttention:
     def __init__(self, attention: Attention) -> None:
         self.attention = attention
         nope, value, rank = attention.nope, attention.value, attention.kv_rank
+        self._query_norm = CachedNorm(attention.q_a_layernorm) if attention.low_rank_queries else None
+        self._latent_norm = CachedNorm(attention.kv_a_layernorm)
         weight = attention.kv_b_proj.weight.view(attention.n_heads, nope + value, rank)
         self._w_uk = weight[:, :nope]  # (H, n, c)
         self._w_uv = weight[:, nope:].transpose(1, 2)  # (H, c, v)
@@ -48,14 +51,13 @@ class CachedAttention:
             (N, D).
         """
         layer = self.attention
-        queries = layer.q_b_proj(rms_norm(layer.q_a_layernorm, layer.q_a_proj(x))) if layer.low_rank_queries else (
-            layer.q_proj(x)
-        )  # fmt: skip
+        norm = self._query_norm
+        queries = layer.q_proj(x) if norm is None else layer.q_b_proj(norm(layer.q_a_proj(x)))
         queries = queries.view(-1, layer.n_heads, layer.nope + layer.rope)  # (N, H, n+r)
         latent, shared_key = layer.kv_a_proj_with_mqa(x).split([layer.kv_rank, layer.rope], dim=-1)
         plain, rotary = queries.split([layer.nope, layer.rope], dim=-1)
         turned = _rotate(torch.cat([rotary, shared_key.unsqueeze(1)], dim=1), turn)  # (N, H+1, r)
-        latent = rms_norm(layer.kv_a_layernorm, latent)
+        latent = self._latent_norm(latent)
         span.write(store, torch.cat([latent, turned[:, -1]], dim=-1))
         if span.fresh and span.longest >= EXPAND_FROM:
             out = self._expanded(plain, turned, latent, span)
@@ -86,16 +88,33 @@ class CachedAttention:
         keys, values = expanded.split([layer.nope, layer.value], dim=-1)
         keys = torch.cat([keys, turned[:, -1:].expand(-1, layer.n_heads, -1)], dim=-1)
         queries = torch.cat([plain, turned[:, :-1]], dim=-1)
-        values = F.pad(values, (0, max(0, layer.nope + layer.rope - layer.value)))
-        q, k, value = (span.padded(part).transpose(1, 2) for part in (queries, keys, values))  # (R, H, S, n+r)
-        out = F.scaled_dot_product_attention(q, k, value, is_causal=True, scale=layer.scale)
-        return span.packed(out.transpose(1, 2)[..., : layer.value]).flatten(1)
+        q, k, v = (span.padded(part).transpose(1, 2) for part in (queries, keys, values))  # (R, H, S, n+r or v)
+        out = causal_attention(q, k, v, layer.scale)
+        return span.packed(out.transpose(1, 2)).flatten(1)
 
 
-def rms_norm(module: torch.nn.Module, x: Tensor) -> Tensor:
-    """model.layers.RMSNorm without gradients: torch's own is half the price of an autograd function on few rows."""
-    weight, eps = module.weight, module.eps
-    return F.rms_norm(x, weight.shape, weight, eps)  # type: ignore[arg-type]
+class CachedNorm:
+    """model.layers.RMSNorm without gradients, its weight looked up once.
+
+    On a CPU x / hypot(|x|, sqrt(D eps)) * (sqrt(D) weight), which is the same: for a row of 192 in 5 us, where torch's
+    own takes 8 and an autograd function 16.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        width = weight.shape[0]
+        self._scaled = weight.detach().float() * width**0.5
+        self._floor = torch.tensor((width * module.eps) ** 0.5)  # type: ignore[operator]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D), in x's dtype."""
+        if x.device.type != "cpu":
+            module = self._module
+            return F.rms_norm(x, module.weight.shape, module.weight, module.eps)  # type: ignore[arg-type]
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return (wide / torch.hypot(norm, self._floor)).mul_(self._scaled).to(x.dtype)
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:
