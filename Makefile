@@ -32,10 +32,12 @@ check: setup
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
 
-# Tests that start several processes run one at a time, so that none waits for a core; the others two at a time.
+# Two files at a time, but for what kills processes, watches clocks or starts Ray: that runs by itself.
 test: check
 	@$(PYTHON) -m pytest -n 2 tests/unit tests/kernels
-	@$(PYTHON) -m pytest tests/ranks tests/faults tests/ray tests/end_to_end
+	@$(PYTHON) -m pytest -n 2 --dist loadfile -m "not ray and not drill" tests/ranks tests/end_to_end
+	@$(PYTHON) -m pytest -m ray tests/end_to_end
+	@$(PYTHON) -m pytest tests/faults tests/ray
 
 drill: setup
 	@$(PYTHON) -m pytest tests/faults tests/ray -m "slow or not slow"

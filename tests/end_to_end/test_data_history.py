@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,11 +18,11 @@ from tests.end_to_end.conftest import ROOT, TRIMTAB, events, metrics
 STEPS = 24
 
 
-def killed(config: Path, run: Path, workers: int, after: int) -> None:
+def killed(config: Path, run: Path, workers: int, after: int, fixed: list[str]) -> None:
     """Starts the run with so many workers and kills everything once `after` steps are done."""
     with tempfile.TemporaryDirectory(prefix="killed-", ignore_cleanup_errors=True) as scratch:
         process = subprocess.Popen(
-            [*TRIMTAB, "train", str(config), *arguments(workers), "--run", str(run), "--launcher", "local"],
+            [*TRIMTAB, "train", str(config), *arguments(workers), "--run", str(run), *fixed],
             cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": scratch},
         )  # fmt: skip
@@ -51,28 +52,62 @@ def committed(run: Path) -> dict[int, dict]:
     return {line["step"]: line for line in ledger(run)}
 
 
+def words(folder: Path) -> Path:
+    """Documents that stay the same whatever becomes of this repository: whether two runs meet a near-tie must not
+    change with every commit."""
+    draw = random.Random(0)
+    known = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 8))) for _ in range(200)]
+    folder.mkdir()
+    for number in range(60):
+        lines = (" ".join(draw.choices(known, k=draw.randint(3, 12))) for _ in range(draw.randint(5, 120)))
+        (folder / f"{number:02}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def first_other_choice(run: Path, whole: Path) -> int | None:
+    """The first step in which tokens went to other experts; None where none did.
+
+    Two experts' scores may be equal but for rounding, and products of another number of rows round differently.
+    """
+    for one, other in zip(metrics(run), metrics(whole), strict=True):
+        pairs = zip(one["tokens_per_expert"], other["tokens_per_expert"], strict=True)
+        moved = sum(abs(a - b) for layer, wanted in pairs for a, b in zip(layer, wanted, strict=True)) // 2
+        if moved:
+            assert moved <= 4, f"step {one['step']}: {moved} choices differ, too many for near-ties"
+            return one["step"]
+    return None
+
+
 @pytest.mark.slow
 def test_killed_at_two_and_four_workers_and_finished_by_one(trimtab, config: Path, tmp_path: Path) -> None:
-    done = trimtab("train", config, *arguments(1), "--run", tmp_path / "whole", "--launcher", "local", "--no-summary")
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "disturbed"
-    killed(config, run, workers=2, after=7)
-    seen = len(ledger(run))
-    killed(config, run, workers=4, after=seen + 7)
-    done = trimtab(
-        "train", config, *arguments(1), "--run", run, "--launcher", "local", "--no-summary", "--resume", "must"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    pack([str(words(tmp_path / "words"))], tmp_path / "packed", tokenizer="bytes", heldout_kib=4)
+    ties = []
+    for seed in (0, 1):  # another model where the first one met a near-tie
+        fixed = [f"data.path={tmp_path / 'packed'}", f"train.seed={seed}", "--launcher", "local", "--no-summary"]
+        whole, run = tmp_path / f"whole-{seed}", tmp_path / f"disturbed-{seed}"
+        done = trimtab("train", config, *arguments(1), "--run", whole, *fixed)
+        assert done.returncode == 0, done.stdout + done.stderr
+        killed(config, run, workers=2, after=7, fixed=fixed)
+        seen = len(ledger(run))
+        killed(config, run, workers=4, after=seen + 7, fixed=fixed)
+        done = trimtab("train", config, *arguments(1), "--run", run, *fixed, "--resume", "must")
+        assert done.returncode == 0, done.stdout + done.stderr
 
-    assert [event["world_size"] for event in events(run) if event["kind"] == "start"] == [2, 4, 1]
-    assert committed(run) == committed(tmp_path / "whole") and sorted(committed(run)) == list(range(1, STEPS + 1))
-    expected = [record["loss"] for record in metrics(tmp_path / "whole")]
-    assert [record["loss"] for record in metrics(run)] == pytest.approx(expected, abs=1e-5)
-    for folder in (run, tmp_path / "whole"):
-        audited = trimtab("data", "audit", folder, "--json")
-        assert audited.returncode == 0, audited.stdout + audited.stderr
-        report = json.loads(audited.stdout.splitlines()[-1])
-        assert report["ok"] and report["steps"] == STEPS and report["sequences"] == STEPS * 8
+        assert [event["world_size"] for event in events(run) if event["kind"] == "start"] == [2, 4, 1]
+        assert committed(run) == committed(whole) and sorted(committed(run)) == list(range(1, STEPS + 1))
+        for folder in (run, whole):
+            audited = trimtab("data", "audit", folder, "--json")
+            assert audited.returncode == 0, audited.stdout + audited.stderr
+            report = json.loads(audited.stdout.splitlines()[-1])
+            assert report["ok"] and report["steps"] == STEPS and report["sequences"] == STEPS * 8
+        tie = first_other_choice(run, whole)
+        same = slice(None if tie is None else tie - 1)
+        expected = [record["loss"] for record in metrics(whole)][same]
+        assert [record["loss"] for record in metrics(run)][same] == pytest.approx(expected, abs=1e-5)
+        if tie is None:
+            return
+        ties.append(tie)
+    pytest.fail(f"both models met a near-tie, at steps {ties}: that is too often for chance")
 
 
 @pytest.mark.slow

@@ -1,7 +1,10 @@
 """Out and in again through the command line: training goes on as if nothing had happened, and from weights alone."""
 
 import json
+import shutil
 from pathlib import Path
+
+import pytest
 
 from tests.end_to_end.conftest import events, metrics
 
@@ -38,10 +41,17 @@ def test_weights_alone_train_on_from_step_0(trimtab, config: Path, tmp_path: Pat
     back = trimtab("checkpoint", "import", tmp_path / "hf", "--out", tmp_path / "new", "--config", config,
                    "train.steps=2", "checkpoint.every_steps=1")  # fmt: skip
     assert back.returncode == 0 and "weights only" in back.stdout, back.stdout + back.stderr
-    go = ["--launcher", "debug", "--resume", "must", "--run", tmp_path / "new", "--no-summary"]
-    done = trimtab("train", tmp_path / "new" / "config.toml", *go)
+    shutil.copytree(tmp_path / "new", tmp_path / "ranks")
+    go = ["--resume", "must", "--no-summary", "--launcher"]
+    on_ranks = [*go, "local", "cluster.workers=2", "parallel.ep_size=2", "parallel.zero_stage=3"]
+    done = trimtab("train", tmp_path / "new" / "config.toml", *go, "debug", "--run", tmp_path / "new")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [record["step"] for record in metrics(tmp_path / "new")] == [1, 2]
+    sharded = trimtab("train", tmp_path / "ranks" / "config.toml", *on_ranks, "--run", tmp_path / "ranks")
+    assert sharded.returncode == 0, sharded.stdout + sharded.stderr
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        expected = [record[key] for record in metrics(tmp_path / "new")]
+        assert [record[key] for record in metrics(tmp_path / "ranks")] == pytest.approx(expected, rel=tolerance), key
     assert events(tmp_path / "new")[0]["kind"] == "import"
     listed = trimtab("checkpoint", "list", tmp_path / "new")
     assert "weights only" not in listed.stdout.splitlines()[-1]

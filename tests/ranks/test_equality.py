@@ -97,7 +97,8 @@ def test_ways_of_dispatch_under_zero(reference: dict) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_zero(reference: dict, world: int) -> None:
-    """All stages in the same processes: starting them takes longer than a stage's cases."""
+    """All stages in the same processes: starting them takes longer than a stage's cases. Four ranks have accumulation
+    and recompute both or neither; one and two ranks have them in all four combinations."""
     cases = [
         [ep_size, stage, accumulation, recompute]
         for stage in (0, 1, 2, 3)
@@ -105,6 +106,7 @@ def test_zero(reference: dict, world: int) -> None:
         if world % ep_size == 0
         for accumulation in (1, 2)
         for recompute in (False, True)
+        if world < 4 or recompute == (accumulation == 2)
     ]
     by_rank = run_ranks(world, "tests.ranks.training:zero_cases", {"cases": cases})
     for rank, results in enumerate(by_rank):
