@@ -3,11 +3,11 @@
 MKL runs its AVX2 code on AMD's processors, oneDNN its AVX-512 code: twice the speed in the same precision
 (docs/kernels.md). torch asks oneDNN for fp32 products only where it is allowed to round their factors to bf16, which
 oneDNN does on processors with tiles for it (AMX) and not on these; that they stay fp32 is tried once before anything
-relies on it. oneDNN makes a program for each new shape, milliseconds each, so rows in groups of any length go to it in
-few lengths: `rows_product` and `outer_product`.
+relies on it. oneDNN makes a program for each new shape, 1 to 3 ms and 0.65 MB each, so rows in groups of any length go
+to it in few lengths: `rows_product` and `outer_product`.
 """
 
-# R rows of a group, K common width, N columns, S = STEP
+# R rows of a group, K common width, N columns
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Lengths that groups are cut to: multiples of STEP, and below it of SMALL. Half of it would mean twice the programs,
-# twice as much twice the rows that are computed again.
-STEP, SMALL = 64, 16
+# Groups of rows come in multiples of so many, at least: see `_step`.
+STEP = 16
 # Below so many rows MKL is faster: 192 x 512 by 8 rows 48 us each, by 4 rows 33 and 45 us, by 16 rows 68 and 73 us.
 FEW = 24
 _SETTINGS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  (torch puts it there where mypy cannot see it)
@@ -54,7 +53,7 @@ def in_steps() -> bool:
 def stays_exact() -> bool:
     """Whether oneDNN leaves fp32 factors as they are: a product with the identity gives back bits that bf16 lacks."""
     with products_through(onednn=True):
-        for rows, width in ((STEP, 256), (8 * STEP, 64), (1, 512)):
+        for rows, width in ((64, 256), (512, 64), (1, 512)):
             x = 1 + torch.arange(rows * width, dtype=torch.float32).view(rows, width) * 2.0**-20
             if not torch.equal(x @ torch.eye(width), x) or not torch.equal(torch.eye(rows) @ x, x):
                 return False
@@ -86,38 +85,50 @@ def few_rows(n_rows: int, few: int = FEW) -> AbstractContextManager[None]:
 def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """out = rows @ matrix, where groups of rows come in any length.
 
-    With oneDNN a group is computed in whole steps and, where rows are left, in the last S rows once more:
+    With oneDNN a group is computed in whole steps and, where rows are left, once more in as many of its last rows as
+    are a length of their own:
 
-        R 150, S 64:   rows 0..127,  rows 86..149
+        R 150, steps of 16:   rows 0..143,  rows 134..149
 
     Args:
         rows: (R, K). matrix: (K, N), any strides. out: (R, N), written.
     """
     n_rows = rows.shape[0]
-    rest = n_rows % STEP
+    rest = n_rows % _step(n_rows)
     if not rest or rows.dtype != torch.float32 or rows.device.type != "cpu" or not in_steps():
         torch.mm(rows, matrix, out=out)
-    elif n_rows > STEP:
-        torch.mm(rows[: n_rows - rest], matrix, out=out[: n_rows - rest])
-        torch.mm(rows[-STEP:], matrix, out=out[-STEP:])
-    else:
+    elif n_rows < STEP:
         out.copy_(torch.mm(_filled(rows), matrix)[:n_rows])
+    else:
+        torch.mm(rows[: n_rows - rest], matrix, out=out[: n_rows - rest])
+        last = _length(rest)
+        torch.mm(rows[-last:], matrix, out=out[-last:])
 
 
 def outer_product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
-    """out = left^T @ right, or added to it, where groups of rows come in any length.
+    """out = left^T @ right, or added to it, where groups of rows come in any length; zeros fill what is left of steps.
 
     Args:
         left: (R, K). right: (R, N). out: (K, N), written. add: to what `out` holds.
     """
     n_rows = left.shape[0]
-    rest = n_rows % STEP
+    rest = n_rows % _step(n_rows)
     if rest and left.dtype == torch.float32 and left.device.type == "cpu" and in_steps():
         if n_rows > STEP:
             _outer(left[: n_rows - rest], right[: n_rows - rest], out, add)
             add = True
         left, right = _filled(left[n_rows - rest :]), _filled(right[n_rows - rest :])
     _outer(left, right, out, add)
+
+
+def _step(n_rows: int) -> int:
+    """Lengths near n_rows are multiples of this: 16 up to 256, 32 up to 512, 64 up to 1,024; eight to a doubling."""
+    return max(STEP, 1 << max(0, n_rows.bit_length() - 4))
+
+
+def _length(n_rows: int) -> int:
+    """The next length."""
+    return -(-n_rows // _step(n_rows)) * _step(n_rows)
 
 
 def _outer(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
@@ -128,9 +139,9 @@ def _outer(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
 
 
 def _filled(rows: Tensor) -> Tensor:
-    """The rows, then zeros up to the next multiple of SMALL."""
+    """The rows, then zeros up to the next length."""
     n_rows = rows.shape[0]
-    filled = rows.new_empty(-(-n_rows // SMALL) * SMALL, rows.shape[1])
+    filled = rows.new_empty(_length(n_rows), rows.shape[1])
     filled[:n_rows] = rows
     filled[n_rows:].zero_()
     return filled
