@@ -14,8 +14,8 @@ from model.attention import Attention
 from model.span import Span
 
 # A prompt of at least so many tokens is attended to in the expanded form. Whole forwards on one thread of an AVX512
-# core in fp32, expanded and absorbed ms: preset debug, 8 tokens 1.5 and 1.6, 64 tokens 3.7 and 3.9, 256 tokens 15.4 and
-# 18.1; two layers of 768 with 12 heads, 8 tokens 2.4 and 2.2, 64 tokens 7.7 and 8.2, 256 tokens 36 and 45.
+# core in fp32, expanded and absorbed ms: preset debug, 8 tokens 3.3 and 2.8, 64 tokens 5.7 and 5.3, 256 tokens 15.6 and
+# 14.6; two layers of 768 with 12 heads, 8 tokens 11.4 and 11.0, 64 tokens 18.1 and 18.7, 256 tokens 53.5 and 60.3.
 EXPAND_FROM = 32
 
 
