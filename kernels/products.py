@@ -26,6 +26,7 @@ STEP = 16
 # Below so many rows MKL is faster: 192 x 512 by 8 rows 48 us each, by 4 rows 33 and 45 us, by 16 rows 68 and 73 us.
 FEW = 24
 _SETTINGS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  (torch puts it there where mypy cannot see it)
+_chosen = False  # by choose_products
 _onednn = False  # what was set last; torch takes 2 us to tell
 
 
@@ -40,8 +41,10 @@ def choose_products(allowed: bool = True) -> bool:
     Returns:
         Whether they go through oneDNN from now on.
     """
-    _through_onednn(allowed and _slow_in_mkl() and stays_exact())
-    return in_steps()
+    global _chosen
+    _chosen = allowed and _slow_in_mkl() and stays_exact()
+    _through_onednn(_chosen)
+    return _chosen
 
 
 def in_steps() -> bool:
@@ -78,8 +81,8 @@ def products_through(onednn: bool) -> Iterator[None]:
 
 def few_rows(n_rows: int, few: int = FEW) -> AbstractContextManager[None]:
     """Inside, products of fewer than `few` rows go through MKL, which is faster there: oneDNN rewrites the matrix for
-    each. As `products_through`, not for threads."""
-    return products_through(in_steps() and n_rows >= few)
+    each. Products of more rows go as chosen. As `products_through`, not for threads."""
+    return products_through(_chosen and n_rows >= few)
 
 
 def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
