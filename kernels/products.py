@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +23,24 @@ from torch import Tensor
 
 # Groups of rows come in multiples of so many, at least: see `_step`.
 STEP = 16
-# Below so many rows MKL is faster: 192 x 512 by 8 rows 48 us each, by 4 rows 33 and 45 us, by 16 rows 68 and 73 us.
-FEW = 24
 _SETTINGS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  (torch puts it there where mypy cannot see it)
-_chosen = False  # by choose_products
 _onednn = False  # what was set last; torch takes 2 us to tell
 
 
-def choose_products(allowed: bool = True) -> bool:
-    """Sets this process's fp32 products on CPUs: through oneDNN where that is faster and as exact, else through MKL.
-
-    The choice depends on the processor alone, not on a clock, so that a run gives the same numbers when it is repeated.
-
-    Args:
-        allowed: False takes MKL whatever the processor.
+def choose_products() -> bool:
+    """Sets this process's fp32 products on CPUs, for training: through oneDNN where that is better, else through MKL.
 
     Returns:
         Whether they go through oneDNN from now on.
     """
-    global _chosen
-    _chosen = allowed and _slow_in_mkl() and stays_exact()
-    _through_onednn(_chosen)
-    return _chosen
+    _through_onednn(onednn_is_better())
+    return in_steps()
+
+
+def onednn_is_better() -> bool:
+    """Whether oneDNN is faster and as exact here. It depends on the processor alone, not on a clock, so that a run
+    gives the same numbers when it is repeated."""
+    return _slow_in_mkl() and stays_exact()
 
 
 def in_steps() -> bool:
@@ -77,12 +73,6 @@ def products_through(onednn: bool) -> Iterator[None]:
     finally:
         if before != onednn:
             _through_onednn(before)
-
-
-def few_rows(n_rows: int, few: int = FEW) -> AbstractContextManager[None]:
-    """Inside, products of fewer than `few` rows go through MKL, which is faster there: oneDNN rewrites the matrix for
-    each. Products of more rows go as chosen. As `products_through`, not for threads."""
-    return products_through(_chosen and n_rows >= few)
 
 
 def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:

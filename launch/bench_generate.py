@@ -45,12 +45,7 @@ def run(options: argparse.Namespace) -> int:
     quality: dict[str, Any] = {}
     if options.run and not options.no_heldout:
         print("held-out documents with 32, 8 and 4 bits", file=sys.stderr, flush=True)
-        evaluation = {
-            "run": str(options.run),
-            "documents": options.documents,
-            "threads": options.threads,
-            "products": True,
-        }
+        evaluation = {"run": str(options.run), "documents": options.documents, "threads": options.threads}
         (quality,) = run_ranks("launch.bench_generate_rank:heldout", evaluation, 1)
     facts: dict[str, Any] = {
         "benchmark": "generate", "weights": str(options.run or f"{options.config}, random"), "model": asdict(config),
@@ -108,8 +103,7 @@ def _measure(
             if name in absent:
                 continue
             try:
-                ours = not WAYS[name].experts
-                results = run_ranks("launch.bench_generate_rank:measure", {**job, "way": name, "products": ours}, 1)
+                results = run_ranks("launch.bench_generate_rank:measure", {**job, "way": name}, 1)
             except RankError as error:
                 if name == OURS:
                     print(error.log, file=sys.stderr)

@@ -17,7 +17,7 @@ from kernels.experts import experts_mlp
 from kernels.fp8 import quantize_rows
 from kernels.grouped_mm import grouped_linear, grouped_mm
 from kernels.permute import Permutation, permute, sort_by_expert, unpermute
-from kernels.products import choose_products, in_steps, products_through
+from kernels.products import onednn_is_better, products_through
 from kernels.rms_norm import rms_norm
 from kernels.rope import rotate
 from kernels.router_topk import RouterRule, router_topk
@@ -194,7 +194,7 @@ def _plain(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[C
     matrix = torch.randn(hidden, hidden, device=device, dtype=dtype)
     yield Case(
         "product", f"T{tokens} H{hidden} N{hidden}", "", (x, matrix),
-        {"trimtab in training": _product(_chosen()), "torch": _product(False)},
+        {"trimtab in training": _product(onednn_is_better()), "torch": _product(False)},
         (2.0 * tokens * hidden * hidden, 0.0), backward=False,
     )  # fmt: skip
     tokens, hidden, vocab = sizes.vocab_tokens, sizes.vocab_hidden, sizes.vocab
@@ -214,12 +214,6 @@ def _plain(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[C
         # of the three products that both need; ours computes one of them again
         (products, 3 * products),
     )  # fmt: skip
-
-
-def _chosen() -> bool:
-    """Whether training takes oneDNN here."""
-    with products_through(in_steps()):
-        return choose_products()
 
 
 def _product(onednn: bool) -> Callable[..., Tensor]:

@@ -54,7 +54,6 @@ def _eval(options: Any) -> int:
     _check(options)
     import torch
 
-    from kernels.products import choose_products
     from launch.allocator import keep_freed_memory
     from launch.completions import complete
     from launch.generate_commands import QUANTIZED
@@ -64,7 +63,6 @@ def _eval(options: Any) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
-    choose_products()
     loaded = load_run(options.run, device, options.step)
     window = options.window or loaded.config.data.seq_len
     figures: dict[str, Any] = {"step": loaded.saved.step, "window": window, "quantized": options.quantize}

@@ -56,7 +56,6 @@ def run(options: argparse.Namespace) -> int:
     prompts = checked_prompts(options)
     import torch
 
-    from kernels.products import choose_products
     from launch.allocator import keep_freed_memory
     from launch.completions import complete, make_drafter
     from launch.load import load_run
@@ -65,7 +64,6 @@ def run(options: argparse.Namespace) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
-    choose_products()
     loaded = load_run(options.run, device)
     longest = loaded.config.model.max_position_embeddings
     if options.context is not None and options.context > longest:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.products import few_rows
 from model.absorbed import CachedAttention, CachedNorm
 from model.block import Block
 from model.config import ModelConfig
@@ -58,10 +57,9 @@ class CachedStack:
     def run(self, x: Tensor, span: Span) -> Tensor:
         """Through all layers, x (N, D) -> (N, D); the cache's rows are longer afterwards."""
         turn = self._turns[span.positions]
-        with few_rows(x.shape[0]):
-            for (before, attention, between, feed_forward), store in zip(self._layers, self.cache.layers, strict=True):
-                x = x + attention.forward(before(x), turn, span, store)
-                x += feed_forward.forward(between(x))
+        for (before, attention, between, feed_forward), store in zip(self._layers, self.cache.layers, strict=True):
+            x = x + attention.forward(before(x), turn, span, store)
+            x += feed_forward.forward(between(x))
         for row, count in zip(span.rows, span.counts, strict=True):
             self.cache.lengths[row] += count
         return x
@@ -99,5 +97,4 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) fp32."""
-        with few_rows(hidden.shape[0], few=4):  # thousands of columns are worth it earlier
-            return self.model.lm_head(hidden).float()
+        return self.model.lm_head(hidden).float()

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.experts import experts_mlp
-from kernels.products import few_rows
 from kernels.quantized import quantized_linear
+from model.exchange import sort_choices
 from model.mlp import MLP
 from model.moe import Experts, MoE
 from model.quantize import QuantizedExperts
@@ -23,8 +23,6 @@ from model.router import choose_experts, weigh
 FEW = 64
 # Up to so many tokens the products of a stack of experts take as long as reading the weights.
 _READS = 16
-# Rows of an expert from which its products are faster through oneDNN: 192 x 128 by 32 rows 27 us each, by 64 44 and 40.
-_ROWS = 64
 
 _Product = Callable[[Tensor], Tensor]
 
@@ -55,19 +53,19 @@ class FeedForward:
             dense = self._module
             return dense.down_proj(F.silu(dense.gate_proj(x)).mul_(dense.up_proj(x)))  # type: ignore[operator]
         n_tokens = x.shape[0]
-        many = n_tokens > FEW
-        on_cpu = self._stacked is not None and x.device.type == "cpu"
-        if not self._products or (many and not on_cpu) or self._moe.experts.inspect is not None:
+        many, stacked = n_tokens > FEW, self._stacked
+        elsewhere = many and (stacked is None or x.device.type != "cpu")
+        if not self._products or elsewhere or self._moe.experts.inspect is not None:
             # Its kernels may be measured at their first call, with gradients, which inference tensors cannot have.
             with torch.inference_mode(False), torch.no_grad():
                 return self._moe(x.clone().unsqueeze(0))[0].squeeze(0)
         ids, weights = _route(self._moe, x)
         if n_tokens == 1:
             out = self._one(x, ids, weights)
-        elif self._stacked is not None and n_tokens <= _READS and ids.numel() >= len(self._products):
-            out = self._all(x, ids, weights, *self._stacked)
-        elif self._stacked is not None and many:
-            out = self._many(x, ids, weights, *self._stacked)
+        elif stacked is not None and n_tokens <= _READS and ids.numel() >= len(self._products):
+            out = self._all(x, ids, weights, *stacked)
+        elif stacked is not None and many:
+            out = self._many(x, ids, weights, *stacked)
         else:
             out = self._several(x, ids, weights)
         return out if self._shared is None else out.add_(self._shared.forward(x))
@@ -88,15 +86,12 @@ class FeedForward:
 
     def _several(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The same for a few tokens, their choices sorted by expert."""
-        flat = ids.flatten()
-        order = flat.argsort(stable=True)
-        token_of_row = order // ids.shape[1]
+        order, token_of_row = sort_choices(ids, ids.numel())
         rows = x.index_select(0, token_of_row)  # (N, D)
-        hit = [(self._products[expert], start, end) for expert, start, end in _runs(flat[order].tolist())]
-        with few_rows(0):  # an expert has a few of them, and in another number each time
-            active = _swiglu(torch.cat([first(rows[start:end]) for (first, _), start, end in hit]))  # (N, I)
-            active = active.mul_(weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-            results = torch.cat([second(active[start:end]) for (_, second), start, end in hit])
+        hit = [(self._products[expert], start, end) for expert, start, end in _runs(ids.flatten()[order].tolist())]
+        active = _swiglu(torch.cat([first(rows[start:end]) for (first, _), start, end in hit]))  # (N, I)
+        active = active.mul_(weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
+        results = torch.cat([second(active[start:end]) for (_, second), start, end in hit])
         return torch.zeros_like(x).index_add_(0, token_of_row, results)
 
     @staticmethod
@@ -104,8 +99,7 @@ class FeedForward:
         """Few tokens that together hit most experts anyway: every expert for every token, with weight zero for those
         not chosen. 8 tokens, 16 experts of 64 x 192, top-4: 0.17 ms for 0.39 ms expert by expert (one thread)."""
         n_experts, wide, hidden = gate_up.shape
-        with few_rows(x.shape[0], few=4):  # thousands of columns are worth it earlier
-            inner = torch.mm(x, gate_up.view(-1, hidden).t()).view(-1, n_experts, wide)
+        inner = torch.mm(x, gate_up.view(-1, hidden).t()).view(-1, n_experts, wide)
         spread = weights.new_zeros(x.shape[0], n_experts).scatter_(1, ids, weights)
         active = _swiglu(inner).mul_(spread.unsqueeze(-1))  # (T, E, I)
         return torch.bmm(active.transpose(0, 1), down.transpose(1, 2)).sum(0)
@@ -113,13 +107,10 @@ class FeedForward:
     @staticmethod
     def _many(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """A prompt's tokens: the kernel of training, which keeps nothing here."""
-        flat = ids.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
+        order, token_of_row = sort_choices(ids, ids.numel())
+        counts = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).tolist()
         by_row = weights.flatten()[order]
-        token_of_row = torch.div(order, ids.shape[1], rounding_mode="floor")
-        with few_rows(len(flat) // len(counts), few=_ROWS):
-            return experts_mlp(x, token_of_row, gate_up, down, counts, by_row, combine=True, keep_hidden=False)
+        return experts_mlp(x, token_of_row, gate_up, down, counts, by_row, combine=True, keep_hidden=False)
 
 
 def _swiglu(inner: Tensor) -> Tensor:

@@ -77,24 +77,8 @@ def test_experts_are_the_same_through_either_library(library: str) -> None:
 
 def test_the_choice() -> None:
     with products.products_through(products.in_steps()):  # for what comes after
-        assert not products.choose_products(allowed=False) and not products.in_steps()
         chosen = products.choose_products()
         assert chosen == products.in_steps() == (products._slow_in_mkl() and products.stays_exact())
-
-
-@pytest.mark.parametrize("chosen", [False, True])
-def test_few_rows_go_through_mkl_and_the_choice_comes_back(monkeypatch: pytest.MonkeyPatch, chosen: bool) -> None:
-    monkeypatch.setattr(products, "_chosen", chosen)
-    with products.products_through(chosen):
-        with products.few_rows(products.FEW):
-            assert products.in_steps() == chosen
-        with pytest.raises(KeyError), products.few_rows(products.FEW - 1):
-            assert not products.in_steps()
-            with products.few_rows(4, few=4):  # inside, too
-                assert products.in_steps() == chosen
-            assert not products.in_steps()
-            raise KeyError
-        assert products.in_steps() == chosen
 
 
 def test_lower_precision_and_other_types_are_left_alone(library: str) -> None:
