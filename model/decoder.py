@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.absorbed import CachedAttention, CachedNorm
+from model.absorbed import CachedAttention, rms_norm
 from model.block import Block
 from model.config import ModelConfig
 from model.few_rows import FeedForward
@@ -29,11 +29,7 @@ class CachedStack:
 
     def __init__(self, blocks: Sequence[Block], config: ModelConfig, rows: int) -> None:
         weight = blocks[0].input_layernorm.weight if blocks else torch.empty(0)
-        self._layers = [
-            (CachedNorm(block.input_layernorm), CachedAttention(block.self_attn),
-             CachedNorm(block.post_attention_layernorm), FeedForward(block.mlp))
-            for block in blocks
-        ]  # fmt: skip
+        self._layers = [(block, CachedAttention(block.self_attn), FeedForward(block.mlp)) for block in blocks]
         self.cache = LatentCache(
             len(blocks), latent_width(config), rows, device=weight.device, dtype=weight.dtype
         )  # fmt: skip
@@ -57,9 +53,9 @@ class CachedStack:
     def run(self, x: Tensor, span: Span) -> Tensor:
         """Through all layers, x (N, D) -> (N, D); the cache's rows are longer afterwards."""
         turn = self._turns[span.positions]
-        for (before, attention, between, feed_forward), store in zip(self._layers, self.cache.layers, strict=True):
-            x = x + attention.forward(before(x), turn, span, store)
-            x += feed_forward.forward(between(x))
+        for number, (block, attention, feed_forward) in enumerate(self._layers):
+            x = x + attention.forward(rms_norm(block.input_layernorm, x), turn, span, self.cache.layers[number])
+            x += feed_forward.forward(rms_norm(block.post_attention_layernorm, x))
         for row, count in zip(span.rows, span.counts, strict=True):
             self.cache.lengths[row] += count
         return x
@@ -70,7 +66,6 @@ class Decoder:
 
     def __init__(self, model: Transformer, rows: int) -> None:
         self.model = model
-        self._norm = CachedNorm(model.norm)
         self.stack = CachedStack([layer for layer in model.layers if isinstance(layer, Block)], model.config, rows)
 
     @property
@@ -92,7 +87,7 @@ class Decoder:
         span = self.stack.span(rows, [len(new) for new in tokens])
         ids = torch.tensor([token for new in tokens for token in new], device=self.model.embed_tokens.weight.device)
         hidden = self.stack.run(self.model.embed_tokens(ids), span)
-        return self._norm(hidden), span
+        return rms_norm(self.model.norm, hidden), span
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from model.absorbed import CachedNorm
+from model.absorbed import rms_norm
 from model.block import Block
 from model.decoder import CachedStack, Decoder
 from model.mtp import MultiTokenPrediction
@@ -71,9 +71,6 @@ class ModuleDrafts:
         self.n_drafts = len(self._modules)
         blocks = [module.block for module in self._modules]
         self._stacks = [CachedStack([block], model.config, rows) for block in blocks if isinstance(block, Block)]
-        self._norms = [
-            (CachedNorm(module.enorm), CachedNorm(module.hnorm), CachedNorm(module.norm)) for module in self._modules
-        ]
         # waiting[d - 1][row]: states of depth d - 1 at the positions that module d has not taken in for good
         self._waiting: list[list[Tensor]] = [[self._nothing() for _ in range(rows)] for _ in self._modules]
 
@@ -121,9 +118,8 @@ class ModuleDrafts:
             ahead += [*want.context, *draft.tokens][begin : begin + len(waiting[want.row])]
         span = stack.span([want.row for want, _ in rows], [len(waiting[want.row]) for want, _ in rows])
         embedded = self._model.embed_tokens(torch.tensor(ahead, device=hidden.device))
-        of_token, of_hidden, last = self._norms[depth - 1]
-        joined = module.eh_proj(torch.cat([of_token(embedded), of_hidden(hidden)], dim=-1))
-        hidden = last(stack.run(joined, span))
+        joined = module.eh_proj(torch.cat([rms_norm(module.enorm, embedded), rms_norm(module.hnorm, hidden)], dim=-1))
+        hidden = rms_norm(module.norm, stack.run(joined, span))
         for (want, _), states in zip(rows, span.of_rows(hidden), strict=True):
             stays = max(0, len(want.context) - depth)
             forgotten = max(0, stack.cache.lengths[want.row] - stays)
