@@ -28,7 +28,7 @@ _onednn = False  # what was set last; torch takes 2 us to tell
 
 
 def choose_products() -> bool:
-    """Sets this process's fp32 products on CPUs, for training: through oneDNN where that is better, else through MKL.
+    """Sets this process's fp32 products on CPUs for good: through oneDNN where that is better, else through MKL.
 
     Returns:
         Whether they go through oneDNN from now on.

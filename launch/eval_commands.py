@@ -136,6 +136,7 @@ def _check(options: Any) -> None:
 
 def _heldout(options: Any, loaded: Any, window: int) -> dict[str, float | None]:
     from data.dataset import open_dataset
+    from kernels.products import onednn_is_better, products_through
     from launch.evaluate import evaluate
 
     dataset = loaded.dataset
@@ -154,10 +155,11 @@ def _heldout(options: Any, loaded: Any, window: int) -> dict[str, float | None]:
     documents = list(dataset.heldout_documents())
     if not documents:
         raise ConfigError([f"{dataset.path} holds no document out; pack it again with --heldout above 0"])
-    result = evaluate(
-        loaded.model, documents, dataset.manifest.eod_id, window, partial(progress_line, "held-out windows"),
-        options.batch_size,
-    )  # fmt: skip
+    with products_through(onednn_is_better()):  # as in training, so that both find the same figure to the last bit
+        result = evaluate(
+            loaded.model, documents, dataset.manifest.eod_id, window, partial(progress_line, "held-out windows"),
+            options.batch_size,
+        )  # fmt: skip
     if options.data is not None:
         dataset.close()
     found: dict[str, float | None] = {
