@@ -4,7 +4,8 @@ MKL runs its AVX2 code on AMD's processors, oneDNN its AVX-512 code: twice the s
 (docs/kernels.md). torch asks oneDNN for fp32 products only where it is allowed to round their factors to bf16, which
 oneDNN does on processors with tiles for it (AMX) and not on these; that they stay fp32 is tried once before anything
 relies on it. oneDNN makes a program for each new shape, 1 to 3 ms and 0.65 MB each, so rows in groups of any length go
-to it in few lengths: `rows_product` and `outer_product`.
+to it in few lengths: in training, where groups are many and of like length, `rows_product` and `outer_product` take
+eight lengths to a doubling; where lengths are the user's, as in generation, `linear` and `rows_product` take six.
 """
 
 # R rows of a group, K common width, N columns
@@ -19,16 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Groups of rows come in multiples of so many, at least: see `_step`.
 STEP = 16
+# Where nobody chose for the whole process: lengths of pieces, and from how many rows and multiplications on oneDNN's
+# twofold speed outweighs the 13 us more that a call takes (docs/kernels.md).
+PIECES = (8, 16, 32, 64, 128, 256)
+LEAST_ROWS = PIECES[0]
+LEAST_PRODUCT = 2**21
 _SETTINGS: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  (torch puts it there where mypy cannot see it)
 _onednn = False  # what was set last; torch takes 2 us to tell
 
 
 def choose_products() -> bool:
-    """Sets this process's fp32 products on CPUs for good: through oneDNN where that is better, else through MKL.
+    """Sets this process's fp32 products on CPUs, for training: all through oneDNN where that is better, else MKL.
 
     Returns:
         Whether they go through oneDNN from now on.
@@ -75,6 +82,23 @@ def products_through(onednn: bool) -> Iterator[None]:
             _through_onednn(before)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight^T without gradients, for any number of rows. Where nobody chose for the process, large products go
+    through oneDNN if that is better, and small ones through MKL.
+
+    Args:
+        x: (..., K). weight: (N, K).
+
+    Returns:
+        (..., N).
+    """
+    if not _goes_in_pieces(x, weight):
+        return F.linear(x, weight)
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    _in_pieces(x.reshape(-1, x.shape[-1]), weight.t(), out.view(-1, weight.shape[0]))
+    return out
+
+
 def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """out = rows @ matrix, where groups of rows come in any length.
 
@@ -88,10 +112,12 @@ def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """
     n_rows = rows.shape[0]
     rest = n_rows % _step(n_rows)
-    if not rest or rows.dtype != torch.float32 or rows.device.type != "cpu" or not in_steps():
+    if _goes_in_pieces(rows, matrix):
+        _in_pieces(rows, matrix, out)
+    elif not rest or rows.dtype != torch.float32 or rows.device.type != "cpu" or not in_steps():
         torch.mm(rows, matrix, out=out)
     elif n_rows < STEP:
-        out.copy_(torch.mm(_filled(rows), matrix)[:n_rows])
+        out.copy_(torch.mm(_filled(rows, _length(n_rows)), matrix)[:n_rows])
     else:
         torch.mm(rows[: n_rows - rest], matrix, out=out[: n_rows - rest])
         last = _length(rest)
@@ -110,7 +136,7 @@ def outer_product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
         if n_rows > STEP:
             _outer(left[: n_rows - rest], right[: n_rows - rest], out, add)
             add = True
-        left, right = _filled(left[n_rows - rest :]), _filled(right[n_rows - rest :])
+        left, right = (_filled(rows[n_rows - rest :], _length(rest)) for rows in (left, right))
     _outer(left, right, out, add)
 
 
@@ -131,10 +157,54 @@ def _outer(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
         torch.mm(left.t(), right, out=out)
 
 
-def _filled(rows: Tensor) -> Tensor:
-    """The rows, then zeros up to the next length."""
+def _goes_in_pieces(rows: Tensor, matrix: Tensor) -> bool:
+    """Whether this product is large enough, and the choice left to it."""
+    n_rows = rows.numel() // max(1, rows.shape[-1])
+    return (
+        n_rows >= LEAST_ROWS
+        and n_rows * matrix.numel() >= LEAST_PRODUCT
+        and not _onednn
+        and rows.dtype == matrix.dtype == torch.float32
+        and rows.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and onednn_is_better()
+    )
+
+
+def _in_pieces(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """out = rows @ matrix through oneDNN. The last piece takes rows of the one before it, too, or zeros behind them:
+
+    R 300:   rows 0..255,  rows 236..299        R 100:   rows 0..99 and 28 of zeros
+    """
+    n_rows, start = rows.shape[0], 0
+    with products_through(onednn=True):
+        for size in _piece_lengths(n_rows):
+            if size > n_rows:
+                out.copy_(torch.mm(_filled(rows, size), matrix)[:n_rows])
+                return
+            start = min(start, n_rows - size)
+            torch.mm(rows[start : start + size], matrix, out=out[start : start + size])
+            start += size
+
+
+def _piece_lengths(n_rows: int) -> list[int]:
+    """Descending; together as many rows or a few more."""
+    whole, left = divmod(n_rows, PIECES[-1])
+    found = [PIECES[-1]] * whole
+    if left <= 32:
+        return found + ([next(size for size in PIECES if size >= left)] if left else [])
+    left = -(-left // 32) * 32
+    for size in reversed(PIECES):
+        if size <= left:
+            found.append(size)
+            left -= size
+    return found
+
+
+def _filled(rows: Tensor, length: int) -> Tensor:
+    """The rows, then zeros up to a length."""
     n_rows = rows.shape[0]
-    filled = rows.new_empty(_length(n_rows), rows.shape[1])
+    filled = rows.new_empty(length, rows.shape[1])
     filled[:n_rows] = rows
     filled[n_rows:].zero_()
     return filled

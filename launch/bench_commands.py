@@ -283,7 +283,9 @@ def _add_generate(names: Any) -> None:
     generate.add_argument("--draft", type=Path, metavar="RUN", help="a smaller run with the same data, to draft with")
     generate.add_argument("--draft-tokens", type=int, default=4, help="drafts a step of that run (default: 4)")
     generate.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time (default: 1 8)")
-    generate.add_argument("--prompt-tokens", type=int, default=128, help="of each prompt (default: 128)")
+    generate.add_argument(
+        "--prompt-tokens", type=int, default=128, help="of the first prompts; each call's have one more (default: 128)"
+    )
     generate.add_argument("--new-tokens", type=int, default=64, help="for each prompt (default: 64)")
     generate.add_argument("--documents", type=int, default=0, help="held-out documents at most (default: 0, all)")
     generate.add_argument("--no-heldout", action="store_true", help="leave the held-out bits per byte out")

@@ -83,14 +83,19 @@ def checked(options: argparse.Namespace) -> ModelConfig:
         source = options.config if options.run is None else str(options.run / "config.toml")
         config = read(source, [], found)
         longest = config.model.max_position_embeddings
-        if options.prompt_tokens + options.new_tokens > longest:
+        if longest_prompt(options) + options.new_tokens > longest:
             found.append(
-                f"--prompt-tokens {options.prompt_tokens} and --new-tokens {options.new_tokens} exceed "
-                f"model.max_position_embeddings = {longest} together; use fewer"
+                f"--new-tokens {options.new_tokens} and prompts of up to {longest_prompt(options)} "
+                f"(--prompt-tokens, --inner) exceed model.max_position_embeddings = {longest} together; use fewer"
             )
     if found or config is None:
         raise ConfigError(found)
     return config.model
+
+
+def longest_prompt(options: argparse.Namespace) -> int:
+    """Tokens; each timed call, two for each of `inner`, has prompts of one more than the last."""
+    return int(options.prompt_tokens + 2 * options.inner)
 
 
 def _measure(
@@ -157,9 +162,9 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     """The tables, what is absent, and the machine, as text."""
     where = facts["machine"]
     lines = [
-        f"greedy generation with {facts['weights']}: prompts of {facts['prompt_tokens']} tokens, {facts['new_tokens']} "
-        f"new ones; medians of {facts['repeats']} fresh processes with {facts['inner']} runs each; our cache takes "
-        f"{facts['cache_bytes_per_token']:,} bytes a token in fp32",
+        f"greedy generation with {facts['weights']}: prompts of {facts['prompt_tokens']} tokens and a few more, no two "
+        f"calls alike, {facts['new_tokens']} new ones; medians of {facts['repeats']} fresh processes with "
+        f"{facts['inner']} runs each; our cache takes {facts['cache_bytes_per_token']:,} bytes a token in fp32",
         f"{where['processor']}, {where['cores']} cores (load {where['load']}), threads {facts['threads']}; "
         + ", ".join(f"{name} {found}" for name, found in where["packages"].items() if found),
     ]

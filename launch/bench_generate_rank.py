@@ -5,6 +5,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ Made = tuple[Tokens, Counts | None]
 def measure(job: dict[str, Any], rank: int, n_ranks: int) -> list[dict[str, Any]]:
     """Generates greedily from the same prompts, `inner` times after once to warm up.
 
+    Each timed call gets prompts a token longer than the one before, as no two are alike in use: who prepares for a
+    length pays for it here.
+
     Args:
         job: way; run (a folder) or model (a table) and seed; draft (a folder) for drafting with a second run;
             batches, prompt_tokens, new_tokens, inner.
@@ -78,10 +82,14 @@ def measure(job: dict[str, Any], rank: int, n_ranks: int) -> list[dict[str, Any]
     for batch in job["batches"]:
         prompts = _prompts(loaded, model.config, batch, job["prompt_tokens"])
         tokens, counts = make(prompts, job["new_tokens"])
-        whole, first = [], []
+        whole: list[float] = []
+        first: list[float] = []
+        length = job["prompt_tokens"]
         for _ in range(job["inner"]):
-            whole.append(_seconds(lambda prompts=prompts: make(prompts, job["new_tokens"])))  # type: ignore[misc]
-            first.append(_seconds(lambda prompts=prompts: make(prompts, 1)))  # type: ignore[misc]
+            for n_new, seconds in ((job["new_tokens"], whole), (1, first)):
+                length += 1
+                prompts = _prompts(loaded, model.config, batch, length)
+                seconds.append(_seconds(partial(make, prompts, n_new)))
         found.append({
             "batch": batch, "whole": whole, "first": first, "tokens": tokens, "weight_bytes": weight_bytes,
             "acceptance": counts.acceptance if counts else None, "forwards": counts.steps if counts else None,

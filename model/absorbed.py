@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import causal_attention
 from model.attention import Attention
+from model.inference import Function, linear_function, norm_function
 from model.span import Span
 
 # A prompt of at least so many tokens is attended to in the expanded form. Whole forwards on one thread of an AVX512
@@ -33,8 +33,22 @@ class CachedAttention:
         self.attention = attention
         nope, value, rank = attention.nope, attention.value, attention.kv_rank
         weight = attention.kv_b_proj.weight.view(attention.n_heads, nope + value, rank)
+        self._queries = self._query_path(attention)
+        self._latent, self._latent_norm = (
+            linear_function(attention.kv_a_proj_with_mqa), norm_function(attention.kv_a_layernorm)
+        )  # fmt: skip
+        self._expand, self._out = linear_function(attention.kv_b_proj), linear_function(attention.o_proj)
         self._w_uk = weight[:, :nope]  # (H, n, c)
         self._w_uv = weight[:, nope:].transpose(1, 2)  # (H, c, v)
+
+    @staticmethod
+    def _query_path(attention: Attention) -> Function:
+        """(N, D) -> (N, H*(n+r))."""
+        if not attention.low_rank_queries:
+            return linear_function(attention.q_proj)
+        down, up = linear_function(attention.q_a_proj), linear_function(attention.q_b_proj)
+        norm = norm_function(attention.q_a_layernorm)
+        return lambda x: up(norm(down(x)))
 
     def forward(self, x: Tensor, turn: Tensor, span: Span, store: Tensor) -> Tensor:
         """Attend to the rows' cached tokens and to those of this forward.
@@ -49,20 +63,17 @@ class CachedAttention:
             (N, D).
         """
         layer = self.attention
-        queries = layer.q_b_proj(rms_norm(layer.q_a_layernorm, layer.q_a_proj(x))) if layer.low_rank_queries else (
-            layer.q_proj(x)
-        )  # fmt: skip
-        queries = queries.view(-1, layer.n_heads, layer.nope + layer.rope)  # (N, H, n+r)
-        latent, shared_key = layer.kv_a_proj_with_mqa(x).split([layer.kv_rank, layer.rope], dim=-1)
+        queries = self._queries(x).view(-1, layer.n_heads, layer.nope + layer.rope)  # (N, H, n+r)
+        latent, shared_key = self._latent(x).split([layer.kv_rank, layer.rope], dim=-1)
         plain, rotary = queries.split([layer.nope, layer.rope], dim=-1)
         turned = _rotate(torch.cat([rotary, shared_key.unsqueeze(1)], dim=1), turn)  # (N, H+1, r)
-        latent = rms_norm(layer.kv_a_layernorm, latent)
+        latent = self._latent_norm(latent)
         span.write(store, torch.cat([latent, turned[:, -1]], dim=-1))
         if span.fresh and span.longest >= EXPAND_FROM:
             out = self._expanded(plain, turned, latent, span)
         else:
             out = self._absorbed(plain, turned, span, store)
-        return layer.o_proj(out)
+        return self._out(out)
 
     def _absorbed(self, plain: Tensor, turned: Tensor, span: Span, store: Tensor) -> Tensor:
         """(N, H, n), (N, H+1, r) -> (N, H*v)."""
@@ -83,19 +94,13 @@ class CachedAttention:
     def _expanded(self, plain: Tensor, turned: Tensor, latent: Tensor, span: Span) -> Tensor:
         """The training form, for rows without earlier tokens: padding stands behind, where no query looks."""
         layer = self.attention
-        expanded = layer.kv_b_proj(latent).view(-1, layer.n_heads, layer.nope + layer.value)
+        expanded = self._expand(latent).view(-1, layer.n_heads, layer.nope + layer.value)
         keys, values = expanded.split([layer.nope, layer.value], dim=-1)
         keys = torch.cat([keys, turned[:, -1:].expand(-1, layer.n_heads, -1)], dim=-1)
         queries = torch.cat([plain, turned[:, :-1]], dim=-1)
         q, k, v = (span.padded(part).transpose(1, 2) for part in (queries, keys, values))  # (R, H, S, n+r or v)
         out = causal_attention(q, k, v, layer.scale)
         return span.packed(out.transpose(1, 2)).flatten(1)
-
-
-def rms_norm(module: torch.nn.Module, x: Tensor) -> Tensor:
-    """model.layers.RMSNorm without gradients: torch's own is half the price of an autograd function on few rows."""
-    weight, eps = module.weight, module.eps
-    return F.rms_norm(x, weight.shape, weight, eps)  # type: ignore[arg-type]
 
 
 def _rotate(x: Tensor, turn: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.absorbed import CachedAttention, rms_norm
+from model.absorbed import CachedAttention
 from model.block import Block
 from model.config import ModelConfig
 from model.few_rows import FeedForward
+from model.inference import linear_function, norm_function
 from model.latent_cache import LatentCache, latent_width
 from model.positions import rotary_tables
 from model.span import Span
@@ -29,7 +30,11 @@ class CachedStack:
 
     def __init__(self, blocks: Sequence[Block], config: ModelConfig, rows: int) -> None:
         weight = blocks[0].input_layernorm.weight if blocks else torch.empty(0)
-        self._layers = [(block, CachedAttention(block.self_attn), FeedForward(block.mlp)) for block in blocks]
+        self._layers = [
+            (norm_function(block.input_layernorm), CachedAttention(block.self_attn),
+             norm_function(block.post_attention_layernorm), FeedForward(block.mlp))
+            for block in blocks
+        ]  # fmt: skip
         self.cache = LatentCache(
             len(blocks), latent_width(config), rows, device=weight.device, dtype=weight.dtype
         )  # fmt: skip
@@ -53,9 +58,9 @@ class CachedStack:
     def run(self, x: Tensor, span: Span) -> Tensor:
         """Through all layers, x (N, D) -> (N, D); the cache's rows are longer afterwards."""
         turn = self._turns[span.positions]
-        for number, (block, attention, feed_forward) in enumerate(self._layers):
-            x = x + attention.forward(rms_norm(block.input_layernorm, x), turn, span, self.cache.layers[number])
-            x += feed_forward.forward(rms_norm(block.post_attention_layernorm, x))
+        for (before, attention, between, feed_forward), store in zip(self._layers, self.cache.layers, strict=True):
+            x = x + attention.forward(before(x), turn, span, store)
+            x += feed_forward.forward(between(x))
         for row, count in zip(span.rows, span.counts, strict=True):
             self.cache.lengths[row] += count
         return x
@@ -66,6 +71,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, rows: int) -> None:
         self.model = model
+        self._norm, self._head = norm_function(model.norm), linear_function(model.lm_head)
         self.stack = CachedStack([layer for layer in model.layers if isinstance(layer, Block)], model.config, rows)
 
     @property
@@ -87,9 +93,9 @@ class Decoder:
         span = self.stack.span(rows, [len(new) for new in tokens])
         ids = torch.tensor([token for new in tokens for token in new], device=self.model.embed_tokens.weight.device)
         hidden = self.stack.run(self.model.embed_tokens(ids), span)
-        return rms_norm(self.model.norm, hidden), span
+        return self._norm(hidden), span
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N, V) fp32."""
-        return self.model.lm_head(hidden).float()
+        return self._head(hidden).float()

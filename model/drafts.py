@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from model.absorbed import rms_norm
 from model.block import Block
 from model.decoder import CachedStack, Decoder
+from model.inference import linear_function, norm_function
 from model.mtp import MultiTokenPrediction
 from model.sampling import Draws, Sampling, distributions
 from model.speculative import draft_token
@@ -69,6 +69,7 @@ class ModuleDrafts:
         self._model = model
         self._modules = [module for module in model.mtp if isinstance(module, MultiTokenPrediction)]
         self.n_drafts = len(self._modules)
+        self._joins = [_Join(module) for module in self._modules]
         blocks = [module.block for module in self._modules]
         self._stacks = [CachedStack([block], model.config, rows) for block in blocks if isinstance(block, Block)]
         # waiting[d - 1][row]: states of depth d - 1 at the positions that module d has not taken in for good
@@ -94,20 +95,18 @@ class ModuleDrafts:
     @torch.inference_mode()
     def propose(self, rows: Sequence[DraftRow], sampling: Sampling) -> list[Draft]:
         drafts = [Draft([], []) for _ in rows]
-        for depth, (module, stack) in enumerate(zip(self._modules, self._stacks, strict=True), start=1):
+        for depth, (join, stack) in enumerate(zip(self._joins, self._stacks, strict=True), start=1):
             able = [
                 i for i, want in enumerate(rows)
                 if len(drafts[i].tokens) == depth - 1 < want.most and len(self._waiting[depth - 1][want.row])
             ]  # fmt: skip
             if not able:
                 break
-            logits = self._deepen(depth, module, stack, [(rows[i], drafts[i]) for i in able])
+            logits = self._deepen(depth, join, stack, [(rows[i], drafts[i]) for i in able])
             _add_tokens(logits, [(rows[i], drafts[i]) for i in able], sampling)
         return drafts
 
-    def _deepen(
-        self, depth: int, module: MultiTokenPrediction, stack: CachedStack, rows: Sequence[tuple[DraftRow, Draft]]
-    ) -> Tensor:
+    def _deepen(self, depth: int, join: _Join, stack: CachedStack, rows: Sequence[tuple[DraftRow, Draft]]) -> Tensor:
         """Runs module `depth` over all positions that wait for it; logits (R, V) at each row's last one."""
         waiting = self._waiting[depth - 1]
         before = {want.row: stack.cache.lengths[want.row] for want, _ in rows}
@@ -118,8 +117,7 @@ class ModuleDrafts:
             ahead += [*want.context, *draft.tokens][begin : begin + len(waiting[want.row])]
         span = stack.span([want.row for want, _ in rows], [len(waiting[want.row]) for want, _ in rows])
         embedded = self._model.embed_tokens(torch.tensor(ahead, device=hidden.device))
-        joined = module.eh_proj(torch.cat([rms_norm(module.enorm, embedded), rms_norm(module.hnorm, hidden)], dim=-1))
-        hidden = rms_norm(module.norm, stack.run(joined, span))
+        hidden = join.leave(stack.run(join.enter(embedded, hidden), span))
         for (want, _), states in zip(rows, span.of_rows(hidden), strict=True):
             stays = max(0, len(want.context) - depth)
             forgotten = max(0, stack.cache.lengths[want.row] - stays)
@@ -129,6 +127,18 @@ class ModuleDrafts:
                 deeper, taken = self._waiting[depth], self._stacks[depth].cache.lengths[want.row]
                 deeper[want.row] = torch.cat([deeper[want.row][: before[want.row] - taken], states])
         return self._model.lm_head(span.last(hidden))
+
+
+class _Join:
+    """What a prediction module does before and after its block, see model/mtp.py."""
+
+    def __init__(self, module: MultiTokenPrediction) -> None:
+        self._embedded, self._hidden = norm_function(module.enorm), norm_function(module.hnorm)
+        self._project, self.leave = linear_function(module.eh_proj), norm_function(module.norm)
+
+    def enter(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """(N, D) and (N, D) -> (N, D)."""
+        return self._project(torch.cat([self._embedded(embedded), self._hidden(hidden)], dim=-1))
 
 
 class ModelDrafts:

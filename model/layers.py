@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.products import linear
 from kernels.rms_norm import rms_norm
 
 # Modules start as NaN and not as random numbers: initial values come from model/init.py or a checkpoint, and a model
@@ -22,6 +23,9 @@ class Linear(nn.Linear):
         self, n_in: int, n_out: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(n_in, n_out, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if torch.is_grad_enabled() else linear(x, self.weight)
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, float("nan"))
@@ -60,6 +64,6 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """Args: hidden (..., D); targets (...) int64 or None. Returns: logits (..., V), or losses (...) fp32."""
         if targets is None:
-            return F.linear(hidden, self.weight)
+            return F.linear(hidden, self.weight) if torch.is_grad_enabled() else linear(hidden, self.weight)
         losses = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), self.weight, targets.reshape(-1))
         return losses.view(targets.shape)
