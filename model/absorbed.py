@@ -75,6 +75,12 @@ class CachedAttention:
             out = self._absorbed(plain, turned, span, store)
         return self._out(out)
 
+    def fill(self, x: Tensor, turn: Tensor, span: Span, store: Tensor) -> None:
+        """Only writes the cache's new entries, the same as `forward`."""
+        latent, shared_key = self._latent(x).split([self.attention.kv_rank, self.attention.rope], dim=-1)
+        turned = _rotate(shared_key.unsqueeze(1), turn)[:, 0]  # (N, r)
+        span.write(store, torch.cat([self._latent_norm(latent), turned], dim=-1))
+
     def _absorbed(self, plain: Tensor, turned: Tensor, span: Span, store: Tensor) -> Tensor:
         """(N, H, n), (N, H+1, r) -> (N, H*v)."""
         layer = self.attention

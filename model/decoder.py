@@ -13,7 +13,7 @@ from model.absorbed import CachedAttention
 from model.block import Block
 from model.config import ModelConfig
 from model.few_rows import FeedForward
-from model.inference import linear_function, norm_function
+from model.inference import Function, linear_function, norm_function
 from model.latent_cache import LatentCache, latent_width
 from model.positions import rotary_tables
 from model.span import Span
@@ -25,12 +25,15 @@ def can_cache(model: Transformer) -> bool:
     return all(parameter.numel() for parameter in model.parameters())
 
 
+_Layer = tuple[Function, CachedAttention, Function, FeedForward]
+
+
 class CachedStack:
     """Decoder layers with a cache of their own: all of the model's, or the one of a multi-token prediction module."""
 
     def __init__(self, blocks: Sequence[Block], config: ModelConfig, rows: int) -> None:
         weight = blocks[0].input_layernorm.weight if blocks else torch.empty(0)
-        self._layers = [
+        self._layers: list[_Layer] = [
             (norm_function(block.input_layernorm), CachedAttention(block.self_attn),
              norm_function(block.post_attention_layernorm), FeedForward(block.mlp))
             for block in blocks
@@ -58,12 +61,30 @@ class CachedStack:
     def run(self, x: Tensor, span: Span) -> Tensor:
         """Through all layers, x (N, D) -> (N, D); the cache's rows are longer afterwards."""
         turn = self._turns[span.positions]
-        for (before, attention, between, feed_forward), store in zip(self._layers, self.cache.layers, strict=True):
-            x = x + attention.forward(before(x), turn, span, store)
-            x += feed_forward.forward(between(x))
+        for layer, store in zip(self._layers, self.cache.layers, strict=True):
+            x = self._through(layer, x, turn, span, store)
+        self._lengthen(span)
+        return x
+
+    def fill(self, x: Tensor, span: Span) -> None:
+        """Only lengthens the cache's rows: of the last layer nobody needs more than its entries, and with prompts that
+        are long beside what is written, a layer less is a part of all the time."""
+        turn = self._turns[span.positions]
+        for layer, store in zip(self._layers[:-1], self.cache.layers, strict=False):
+            x = self._through(layer, x, turn, span, store)
+        before, attention, _, _ = self._layers[-1]
+        attention.fill(before(x), turn, span, self.cache.layers[len(self._layers) - 1])
+        self._lengthen(span)
+
+    @staticmethod
+    def _through(layer: _Layer, x: Tensor, turn: Tensor, span: Span, store: Tensor) -> Tensor:
+        before, attention, between, feed_forward = layer
+        x = x + attention.forward(before(x), turn, span, store)
+        return x.add_(feed_forward.forward(between(x)))
+
+    def _lengthen(self, span: Span) -> None:
         for row, count in zip(span.rows, span.counts, strict=True):
             self.cache.lengths[row] += count
-        return x
 
 
 class Decoder:
@@ -91,9 +112,16 @@ class Decoder:
             hidden states (N, D) of the new tokens, normalised as the head sees them, and their places.
         """
         span = self.stack.span(rows, [len(new) for new in tokens])
+        return self._norm(self.stack.run(self._embedded(tokens), span)), span
+
+    @torch.inference_mode()
+    def fill(self, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """The same for tokens whose hidden states nobody asks for."""
+        self.stack.fill(self._embedded(tokens), self.stack.span(rows, [len(new) for new in tokens]))
+
+    def _embedded(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         ids = torch.tensor([token for new in tokens for token in new], device=self.model.embed_tokens.weight.device)
-        hidden = self.stack.run(self.model.embed_tokens(ids), span)
-        return self._norm(hidden), span
+        return self.model.embed_tokens(ids)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

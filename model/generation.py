@@ -202,11 +202,13 @@ class Generation:
             if self._drafter:
                 self._drafter.reset(place)
         rows = [(place, row) for place in places if (row := self._rows[place]) is not None and len(row.context) > 1]
-        if rows:
-            hidden, span = self._decoder.extend([place for place, _ in rows], [row.context[:-1] for _, row in rows])
-            if self._drafter:
-                for (place, _), states in zip(rows, span.of_rows(hidden), strict=True):
-                    self._drafter.learn(place, states)
+        begun, contexts = [place for place, _ in rows], [row.context[:-1] for _, row in rows]
+        if rows and self._drafter:
+            hidden, span = self._decoder.extend(begun, contexts)
+            for place, states in zip(begun, span.of_rows(hidden), strict=True):
+                self._drafter.learn(place, states)
+        elif rows:
+            self._decoder.fill(begun, contexts)
 
     def _draft(self, active: Sequence[tuple[int, _Row]]) -> None:
         if self._drafter is None:

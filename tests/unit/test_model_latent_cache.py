@@ -103,6 +103,20 @@ def test_what_lies_behind_a_rows_length_or_in_other_rows_changes_nothing():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("lengths", [(40, 5), (3, 1)], ids=["expanded", "absorbed"])
+def test_filling_writes_the_entries_of_extending(lengths):
+    net = build().eval()
+    filled, extended = Decoder(net, 2), Decoder(net, 2)
+    for tokens in ([[(3 * i) % 50 for i in range(n)] for n in lengths], [[8, 9], [4, 5, 6]]):
+        filled.fill([0, 1], tokens)
+        extended.extend([0, 1], tokens)
+    assert filled.cache.lengths == extended.cache.lengths == [lengths[0] + 2, lengths[1] + 3]
+    for one, other in zip(filled.cache.layers, extended.cache.layers, strict=True):
+        for row, length in enumerate(extended.cache.lengths):
+            assert one[row, :length].count_nonzero() > 0
+            torch.testing.assert_close(one[row, :length], other[row, :length], rtol=1e-6, atol=1e-6)
+
+
 def test_truncation_brings_back_the_earlier_state():
     net = build().eval()
     straight, winding = Decoder(net, 2), Decoder(net, 2)
