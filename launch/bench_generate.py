@@ -141,17 +141,22 @@ def table_rows(found: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], new_t
                 "weight_bytes": entry["weight_bytes"], "acceptance": entry["acceptance"],
                 "tokens_per_forward": new_tokens / entry["forwards"] if entry["forwards"] else None,
                 "tokens": entry["tokens"],
+                "by_repeat": [Spread.of(repeat[place]["whole"]).median for repeat in repeats],
             })  # fmt: skip
     return [_compared(row, rows) for row in rows]
 
 
 def _compared(row: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row with its speed and its tokens beside our plain ones; None where those were not measured."""
+    """A row with its speed and its tokens beside our plain ones; None where those were not measured.
+
+    Speeds are compared within each repeat, whose processes ran one after the other, so that a machine that is slower
+    for a while is so for both.
+    """
     ours = next((one for one in rows if one["way"] == OURS and one["batch"] == row["batch"]), None)
-    kept = {key: value for key, value in row.items() if key != "tokens"}
+    kept = {key: value for key, value in row.items() if key not in {"tokens", "by_repeat"}}
     if ours is None:
         return {**kept, "of_ours": None, "same_tokens": None}
-    speed = row["tokens_per_second"].median / ours["tokens_per_second"].median
+    speed = Spread.of([mine / its for mine, its in zip(ours["by_repeat"], row["by_repeat"], strict=False)])
     pairs = [
         a == b for mine, its in zip(ours["tokens"], row["tokens"], strict=True) for a, b in zip(mine, its, strict=True)
     ]
@@ -171,7 +176,7 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     for batch in dict.fromkeys(row["batch"] for row in rows):
         lines.append(f"batch {batch}")
         lines.append(
-            f"{'way':<26}{'tokens/s':>10}{'least':>9}{'most':>9}{'of ours':>9}{'first ms':>10}{'later ms':>10}"
+            f"{'way':<26}{'tokens/s':>10}{'least':>9}{'most':>9}{'of ours':>18}{'first ms':>10}{'later ms':>10}"
             f"{'MiB':>8}{'accepted':>10}{'a forward':>11}{'same':>7}"
         )
         lines += [_line(row) for row in rows if row["batch"] == batch]
@@ -190,12 +195,13 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
 
 def _line(row: Mapping[str, Any]) -> str:
     speed = row["tokens_per_second"]
-    ratio = "" if row["of_ours"] is None else f"{row['of_ours']:.2f}"
+    of_ours = row["of_ours"]
+    ratio = "" if of_ours is None else f"{of_ours.median:.2f} ({of_ours.least:.2f}-{of_ours.greatest:.2f})"
     same = "" if row["same_tokens"] is None else f"{row['same_tokens']:.0%}"
     accepted = "" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
     each = "" if row["tokens_per_forward"] is None else f"{row['tokens_per_forward']:.2f}"
     return (
-        f"{row['way']:<26}{speed.median:>10.0f}{speed.least:>9.0f}{speed.greatest:>9.0f}{ratio:>9}"
+        f"{row['way']:<26}{speed.median:>10.0f}{speed.least:>9.0f}{speed.greatest:>9.0f}{ratio:>18}"
         f"{row['first_token_ms']:>10.1f}{row['later_token_ms']:>10.2f}{row['weight_bytes'] / 2**20:>8.1f}"
         f"{accepted:>10}{each:>11}{same:>7}"
     )
