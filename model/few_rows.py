@@ -44,6 +44,7 @@ class FeedForward:
         self._shared: FeedForward | None = None
         if self._moe is not None and self._moe.exchange.ep_size == 1:
             experts = self._moe.experts
+            self._gate = self._moe.gate.weight.detach().float().t()  # (D, E)
             self._products = _products(experts)
             if isinstance(experts, Experts):
                 self._stacked = experts.gate_up_proj.detach(), experts.down_proj.detach()
@@ -62,7 +63,7 @@ class FeedForward:
             # Its kernels may be measured at their first call, with gradients, which inference tensors cannot have.
             with torch.inference_mode(False), torch.no_grad():
                 return self._moe(x.clone().unsqueeze(0))[0].squeeze(0)
-        ids, weights = _route(self._moe, x)
+        ids, weights = self._route(x)
         if n_tokens == 1:
             out = self._one(x, ids, weights)
         elif stacked is not None and n_tokens <= _READS and ids.numel() >= len(self._products):
@@ -72,6 +73,18 @@ class FeedForward:
         else:
             out = self._several(x, ids, weights)
         return out if self._shared is None else out.add_(self._shared.forward(x))
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots (T, K) int64 and weights (T, K) fp32, as model/router.py chooses them."""
+        moe = self._moe
+        assert moe is not None
+        config = moe.gate.config
+        logits = torch.mm(x.float(), self._gate)
+        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
+        bias = moe.gate.e_score_correction_bias if config.uses_bias else None
+        ids = (moe.gate.choose or choose_experts)(scores, bias, config)
+        weights = weigh(scores, ids, config)
+        return (ids if moe.slot_of_expert is None else moe.slot_of_expert[ids]), weights
 
     def _one(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Of one token, the weighted sum of its experts' results.
@@ -120,18 +133,6 @@ def _swiglu(inner: Tensor) -> Tensor:
     """(N, 2I) -> (N, I)."""
     gate, up = inner.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
-
-
-def _route(moe: MoE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots (T, K) int64 and weights (T, K) fp32, as model/router.py chooses them."""
-    gate = moe.gate
-    config = gate.config
-    logits = F.linear(x.float(), gate.weight.float())
-    scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
-    bias = gate.e_score_correction_bias if config.uses_bias else None
-    ids = (gate.choose or choose_experts)(scores, bias, config)
-    weights = weigh(scores, ids, config)
-    return (ids if moe.slot_of_expert is None else moe.slot_of_expert[ids]), weights
 
 
 def _products(experts: Experts | QuantizedExperts) -> list[tuple[Function, Function]]:
