@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_OK
-from launch.bench_generate_rank import WAYS
+from launch.bench_generate_rank import OURS, WAYS
 from launch.bench_moe import chosen_ways, installed
 from launch.bench_ranks import RankError, run_ranks
 from launch.bench_record import Spread, machine, write_record
@@ -19,7 +19,9 @@ from model.config import ModelConfig
 from model.latent_cache import latent_bytes
 
 PACKAGES = ("torch", "numpy", "transformers")
-OURS = "trimtab"
+
+
+Said = Mapping[str, Sequence[Mapping[str, Any]]]  # by way, a record for each batch size
 
 
 def run(options: argparse.Namespace) -> int:
@@ -98,11 +100,9 @@ def longest_prompt(options: argparse.Namespace) -> int:
     return int(options.prompt_tokens + 2 * options.inner)
 
 
-def _measure(
-    job: dict[str, Any], ways: Sequence[str], repeats: int, absent: dict[str, str]
-) -> dict[str, list[list[dict[str, Any]]]]:
-    """By way, what each repeat's fresh process said; ways in turns, so that a busy moment hits all."""
-    found: dict[str, list[list[dict[str, Any]]]] = {}
+def _measure(job: dict[str, Any], ways: Sequence[str], repeats: int, absent: dict[str, str]) -> dict[str, list[Said]]:
+    """By way, what each repeat's fresh process said."""
+    found: dict[str, list[Said]] = {}
     for number in range(repeats):
         for name in ways:
             if name in absent:
@@ -120,47 +120,37 @@ def _measure(
     return found
 
 
-def table_rows(found: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], new_tokens: int) -> list[dict[str, Any]]:
-    """A row for each batch size and way.
+def table_rows(found: Mapping[str, Sequence[Said]], new_tokens: int) -> list[dict[str, Any]]:
+    """A row for each batch size and way; speed and tokens are compared with our plain way's in the same process.
 
     Args:
-        found: by way a list of repeats, each the list that bench_generate_rank.measure returns.
+        found: by way a list of repeats, each what bench_generate_rank.measure returns.
         new_tokens: of each prompt.
     """
     rows: list[dict[str, Any]] = []
     for name, repeats in found.items():
-        for place, entry in enumerate(repeats[0]):
+        for place, entry in enumerate(repeats[0][name]):
             batch = entry["batch"]
-            whole = [seconds for repeat in repeats for seconds in repeat[place]["whole"]]
-            first = Spread.of([seconds for repeat in repeats for seconds in repeat[place]["first"]])
+            whole = [seconds for repeat in repeats for seconds in repeat[name][place]["whole"]]
+            ours = [seconds for repeat in repeats for seconds in repeat[OURS][place]["whole"]]
+            first = Spread.of([seconds for repeat in repeats for seconds in repeat[name][place]["first"]])
             rows.append({
                 "batch": batch, "way": name,
                 "tokens_per_second": Spread.of([batch * new_tokens / seconds for seconds in whole]),
+                "of_ours": Spread.of([mine / its for mine, its in zip(ours, whole, strict=True)]),
                 "later_token_ms": (Spread.of(whole).median - first.median) / (new_tokens - 1) * 1e3,
                 "first_token_ms": first.median * 1e3,
                 "weight_bytes": entry["weight_bytes"], "acceptance": entry["acceptance"],
                 "tokens_per_forward": new_tokens / entry["forwards"] if entry["forwards"] else None,
-                "tokens": entry["tokens"],
-                "by_repeat": [Spread.of(repeat[place]["whole"]).median for repeat in repeats],
+                "same_tokens": _alike(repeats[0][OURS][place]["tokens"], entry["tokens"]),
             })  # fmt: skip
-    return [_compared(row, rows) for row in rows]
+    return rows
 
 
-def _compared(row: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row with its speed and its tokens beside our plain ones; None where those were not measured.
-
-    Speeds are compared within each repeat, whose processes ran one after the other, so that a machine that is slower
-    for a while is so for both.
-    """
-    ours = next((one for one in rows if one["way"] == OURS and one["batch"] == row["batch"]), None)
-    kept = {key: value for key, value in row.items() if key not in {"tokens", "by_repeat"}}
-    if ours is None:
-        return {**kept, "of_ours": None, "same_tokens": None}
-    speed = Spread.of([mine / its for mine, its in zip(ours["by_repeat"], row["by_repeat"], strict=False)])
-    pairs = [
-        a == b for mine, its in zip(ours["tokens"], row["tokens"], strict=True) for a, b in zip(mine, its, strict=True)
-    ]
-    return {**kept, "of_ours": speed, "same_tokens": sum(pairs) / len(pairs)}
+def _alike(ours: Sequence[Sequence[int]], its: Sequence[Sequence[int]]) -> float:
+    """Part of the places that hold the same token."""
+    pairs = [a == b for mine, other in zip(ours, its, strict=True) for a, b in zip(mine, other, strict=True)]
+    return sum(pairs) / len(pairs)
 
 
 def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
@@ -196,14 +186,13 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
 def _line(row: Mapping[str, Any]) -> str:
     speed = row["tokens_per_second"]
     of_ours = row["of_ours"]
-    ratio = "" if of_ours is None else f"{of_ours.median:.2f} ({of_ours.least:.2f}-{of_ours.greatest:.2f})"
-    same = "" if row["same_tokens"] is None else f"{row['same_tokens']:.0%}"
+    ratio = f"{of_ours.median:.2f} ({of_ours.least:.2f}-{of_ours.greatest:.2f})"
     accepted = "" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
     each = "" if row["tokens_per_forward"] is None else f"{row['tokens_per_forward']:.2f}"
     return (
         f"{row['way']:<26}{speed.median:>10.0f}{speed.least:>9.0f}{speed.greatest:>9.0f}{ratio:>18}"
         f"{row['first_token_ms']:>10.1f}{row['later_token_ms']:>10.2f}{row['weight_bytes'] / 2**20:>8.1f}"
-        f"{accepted:>10}{each:>11}{same:>7}"
+        f"{accepted:>10}{each:>11}{row['same_tokens']:>7.0%}"
     )
 
 

@@ -36,8 +36,9 @@ class Way:
     packages: tuple[str, ...] = ()
 
 
+OURS = "trimtab"
 WAYS: dict[str, Way] = {
-    "trimtab": Way(),
+    OURS: Way(),
     "trimtab, no cache": Way(cached=False),
     "trimtab int8": Way(bits=8),
     "trimtab int4": Way(bits=4),
@@ -52,49 +53,60 @@ Tokens = list[list[int]]
 Made = tuple[Tokens, Counts | None]
 
 
-def measure(job: dict[str, Any], rank: int, n_ranks: int) -> list[dict[str, Any]]:
-    """Generates greedily from the same prompts, `inner` times after once to warm up.
+def measure(job: dict[str, Any], rank: int, n_ranks: int) -> dict[str, list[dict[str, Any]]]:
+    """Generates greedily, our plain way and the asked one in turns, `inner` times each after once to warm up.
 
-    Each timed call gets prompts a token longer than the one before, as no two are alike in use: who prepares for a
-    length pays for it here.
+    In turns, call by call, because a machine that others use is faster or slower for seconds at a time. Each pair of
+    calls gets prompts a token longer than the last, as no two are alike in use: who prepares for a length pays for it.
 
     Args:
         job: way; run (a folder) or model (a table) and seed; draft (a folder) for drafting with a second run;
             batches, prompt_tokens, new_tokens, inner.
 
     Returns:
-        For each batch size: batch, seconds of a whole generation and of one that ends after the first token, tokens
-        (B, n), acceptance and forwards (None without drafts), weight_bytes.
+        By way, for each batch size: batch, seconds of whole generations and of ones that end after the first token,
+        tokens (B, n), acceptance and forwards (None without drafts), weight_bytes.
     """
-    way = WAYS[job["way"]]
-    model, loaded = _model(job)
-    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    if way.bits != 32:
-        weight_bytes = quantize(model, 8 if way.bits == 8 else 4).after
-    make: Callable[[Tokens, int], Made]
-    if way.experts:
-        make = _transformers(model, way.experts)
-    elif way.cached:
-        make = _cached(model, _drafter(model, way, job))
-    else:
-        make = _uncached(model)
-    found = []
+    ways = [_Measured(name, job) for name in dict.fromkeys((OURS, job["way"]))]
     for batch in job["batches"]:
-        prompts = _prompts(loaded, model.config, batch, job["prompt_tokens"])
-        tokens, counts = make(prompts, job["new_tokens"])
-        whole: list[float] = []
-        first: list[float] = []
         length = job["prompt_tokens"]
+        prompts = _prompts(ways[0].loaded, ways[0].config, batch, length)
+        for way in ways:
+            way.begin(batch, prompts, job["new_tokens"])
         for _ in range(job["inner"]):
-            for n_new, seconds in ((job["new_tokens"], whole), (1, first)):
+            for n_new, kind in ((job["new_tokens"], "whole"), (1, "first")):
                 length += 1
-                prompts = _prompts(loaded, model.config, batch, length)
-                seconds.append(_seconds(partial(make, prompts, n_new)))
-        found.append({
-            "batch": batch, "whole": whole, "first": first, "tokens": tokens, "weight_bytes": weight_bytes,
+                prompts = _prompts(ways[0].loaded, ways[0].config, batch, length)
+                for way in ways:
+                    way.found[-1][kind].append(_seconds(partial(way.make, prompts, n_new)))
+    return {way.name: way.found for way in ways}
+
+
+class _Measured:
+    """A way, ready to run, and what was found of it."""
+
+    def __init__(self, name: str, job: dict[str, Any]) -> None:
+        way = WAYS[name]
+        model, self.loaded = _model(job)
+        self.name, self.config, self.found = name, model.config, list[dict[str, Any]]()
+        self._weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        if way.bits != 32:
+            self._weight_bytes = quantize(model, 8 if way.bits == 8 else 4).after
+        self.make: Callable[[Tokens, int], Made]
+        if way.experts:
+            self.make = _transformers(model, way.experts)
+        elif way.cached:
+            self.make = _cached(model, _drafter(model, way, job))
+        else:
+            self.make = _uncached(model)
+
+    def begin(self, batch: int, prompts: Tokens, n_new: int) -> None:
+        """The first generation of a batch size, not timed: its tokens are compared."""
+        tokens, counts = self.make(prompts, n_new)
+        self.found.append({
+            "batch": batch, "whole": [], "first": [], "tokens": tokens, "weight_bytes": self._weight_bytes,
             "acceptance": counts.acceptance if counts else None, "forwards": counts.steps if counts else None,
         })  # fmt: skip
-    return found
 
 
 def heldout(job: dict[str, Any], rank: int, n_ranks: int) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class CachedAttention:
     def fill(self, x: Tensor, turn: Tensor, span: Span, store: Tensor) -> None:
         """Only writes the cache's new entries, the same as `forward`."""
         latent, shared_key = self._latent(x).split([self.attention.kv_rank, self.attention.rope], dim=-1)
-        turned = _rotate(shared_key.unsqueeze(1), turn)[:, 0]  # (N, r)
+        turned = _rotate(shared_key.contiguous().unsqueeze(1), turn)[:, 0]  # (N, r)
         span.write(store, torch.cat([self._latent_norm(latent), turned], dim=-1))
 
     def _absorbed(self, plain: Tensor, turned: Tensor, span: Span, store: Tensor) -> Tensor:

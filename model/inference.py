@@ -24,7 +24,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 def linear_function(module: nn.Module) -> Function:
-    """x (N, K) -> (N, out) of a Linear, or logits of a Head; another module, with rounded weights for example, stays itself."""
+    """x (N, K) -> (N, out) of a Linear, or logits of a Head; another module, as with rounded weights, stays itself."""
     if not isinstance(module, Linear | Head):
         return module
     weight = module.weight.detach()
@@ -34,7 +34,7 @@ def linear_function(module: nn.Module) -> Function:
         def product(x: Tensor) -> Tensor:
             n_rows = x.shape[0]
             if 1 < n_rows < LEAST_ROWS:
-                return torch.mm(weight, x.t()).t()
+                return torch.mm(weight, x.t()).t().contiguous()
             return torch.mm(x, turned) if n_rows == 1 else linear(x, weight)
 
         return product

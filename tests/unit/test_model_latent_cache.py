@@ -104,10 +104,11 @@ def test_what_lies_behind_a_rows_length_or_in_other_rows_changes_nothing():
 
 
 @pytest.mark.parametrize("lengths", [(40, 5), (3, 1)], ids=["expanded", "absorbed"])
-def test_filling_writes_the_entries_of_extending(lengths):
-    net = build().eval()
+@pytest.mark.parametrize("seed", range(6))
+def test_filling_writes_the_entries_of_extending(lengths, seed):
+    net = build(random_config(seed), seed).eval()
     filled, extended = Decoder(net, 2), Decoder(net, 2)
-    for tokens in ([[(3 * i) % 50 for i in range(n)] for n in lengths], [[8, 9], [4, 5, 6]]):
+    for tokens in ([[(3 * i) % 17 for i in range(n)] for n in lengths], [[8, 9], [4, 5, 6]]):
         filled.fill([0, 1], tokens)
         extended.extend([0, 1], tokens)
     assert filled.cache.lengths == extended.cache.lengths == [lengths[0] + 2, lengths[1] + 3]
