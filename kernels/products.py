@@ -172,33 +172,31 @@ def _goes_in_pieces(rows: Tensor, matrix: Tensor) -> bool:
 
 
 def _in_pieces(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """out = rows @ matrix through oneDNN. The last piece takes rows of the one before it, too, or zeros behind them:
+    """out = rows @ matrix through oneDNN; what the last piece lacks it takes from the rows before:
 
-    R 300:   rows 0..255,  rows 236..299        R 100:   rows 0..99 and 28 of zeros
+    R 300:   rows 0..255,  rows 268..299        R 100:   rows 0..63,  rows 36..99
     """
     n_rows, start = rows.shape[0], 0
     with products_through(onednn=True):
         for size in _piece_lengths(n_rows):
-            if size > n_rows:
-                out.copy_(torch.mm(_filled(rows, size), matrix)[:n_rows])
-                return
             start = min(start, n_rows - size)
             torch.mm(rows[start : start + size], matrix, out=out[start : start + size])
             start += size
 
 
 def _piece_lengths(n_rows: int) -> list[int]:
-    """Descending; together as many rows or a few more."""
+    """Of at least LEAST_ROWS rows; descending, none longer than there are rows, together as many or a few more."""
     whole, left = divmod(n_rows, PIECES[-1])
     found = [PIECES[-1]] * whole
-    if left <= 32:
-        return found + ([next(size for size in PIECES if size >= left)] if left else [])
-    left = -(-left // 32) * 32
-    for size in reversed(PIECES):
-        if size <= left:
-            found.append(size)
-            left -= size
-    return found
+    if 0 < left <= 32:
+        found.append(next(size for size in PIECES if size >= left))
+    else:
+        left = -(-left // 32) * 32
+        for size in reversed(PIECES):
+            if size <= left:
+                found.append(size)
+                left -= size
+    return [found[0] // 2] * 2 if found[0] > n_rows else found
 
 
 def _filled(rows: Tensor, length: int) -> Tensor:
