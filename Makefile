@@ -35,7 +35,7 @@ check: setup
 # Two files at a time, but for what kills processes, watches clocks or starts Ray: that runs by itself.
 test: check
 	@$(PYTHON) -m pytest -n 2 tests/unit tests/kernels
-	@$(PYTHON) -m pytest -n 2 --dist loadfile -m "not ray and not drill" tests/ranks tests/end_to_end
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations=25 -m "not ray and not drill" tests/ranks tests/end_to_end
 	@$(PYTHON) -m pytest -m ray tests/end_to_end
 	@$(PYTHON) -m pytest tests/faults tests/ray
 
