@@ -107,12 +107,14 @@ def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
 
         R 150, steps of 16:   rows 0..143,  rows 134..149
 
+    In inference mode, where nobody chose for the process, a large product goes the way of `linear`.
+
     Args:
         rows: (R, K). matrix: (K, N), any strides. out: (R, N), written.
     """
     n_rows = rows.shape[0]
     rest = n_rows % _step(n_rows)
-    if _goes_in_pieces(rows, matrix):
+    if torch.is_inference_mode_enabled() and _goes_in_pieces(rows, matrix):
         _in_pieces(rows, matrix, out)
     elif not rest or rows.dtype != torch.float32 or rows.device.type != "cpu" or not in_steps():
         torch.mm(rows, matrix, out=out)

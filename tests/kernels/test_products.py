@@ -43,7 +43,7 @@ def left_open(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pieces_of_any_length(n_rows: int) -> None:
     rows, weight = draw(n_rows, 48), draw(32, 48)
     expected = rows.double() @ weight.double().t()
-    with products.products_through(onednn=False):
+    with products.products_through(onednn=False), torch.inference_mode():
         out = torch.full((n_rows, 32), torch.nan)
         products.rows_product(rows, weight.t(), out)
         found = products.linear(rows.view(n_rows, 1, 48), weight).squeeze(1)
@@ -75,6 +75,11 @@ def test_what_goes_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "onednn_is_better", lambda: False)
     products.linear(draw(9, 48), draw(32, 48))
     assert pieces == [8, 9]
+    monkeypatch.setattr(products, "onednn_is_better", lambda: True)
+    for inference in (False, True):  # outside it may be training without a choice: programs would take memory there
+        with torch.inference_mode(inference):
+            products.rows_product(draw(10, 48), draw(48, 32), torch.empty(10, 32))
+    assert pieces == [8, 9, 10]
 
 
 @pytest.mark.parametrize("n_rows", LENGTHS)
