@@ -9,6 +9,7 @@ no configuration key with which a user could leave them on.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from launch.bench_scaling_parts import EXCHANGE, FIELDS, KINDS, OUTSIDE, SHARDIN
 from launch.session import Session
 from model.config import ModelConfig
 from model.router import Router, choose_experts
-from parallel.communicator import Communicator
+from parallel.communicator import Communicator, Traffic
 from parallel.engine import Engine
 
 # What this project and DeepSpeed call by these names of torch.distributed; the exchange of tokens is not among them.
@@ -75,13 +76,13 @@ class Clock:
             self._calls[SHARDING if self._phase else OUTSIDE].append(seconds)
 
     @contextmanager
-    def exchange(self) -> Iterator[None]:
-        """The block waits for one transfer of the expert exchange."""
-        started = time.perf_counter()
+    def exchange(self, traffic: Traffic) -> Iterator[None]:
+        """The block waits for one transfer of the expert exchange; how long, the exchange itself counts."""
+        before = traffic.exposed_seconds
         try:
             yield
         finally:
-            self._calls[EXCHANGE].append(time.perf_counter() - started)
+            self._calls[EXCHANGE].append(traffic.exposed_seconds - before)
 
     def exchanged(self, exposed_seconds: float) -> None:
         """What the exchange itself counted as standing still for all of a step's transfers."""
@@ -189,7 +190,7 @@ def _time_transfers(communicator: Communicator, clock: Clock) -> None:
     start = communicator.start_all_to_all
 
     def timed(*arguments: Any, **options: Any) -> Any:
-        return _Work(start(*arguments, **options), clock.exchange)
+        return _Work(start(*arguments, **options), partial(clock.exchange, communicator.traffic))
 
     setattr(communicator, "start_all_to_all", timed)  # noqa: B010
 

@@ -47,13 +47,8 @@ def test_measures_two_sizes_and_refuses_losses_that_differ(
         for step in steps:
             assert 0 < step["zero_in_model"] + step["zero_in_update"] < step["model"] + step["update"]
             assert 0 < step["all_to_all"] < step["model"] and step["other"] > 0
-            assert step["all_to_all"] <= sum(step["calls"]["all_to_all"]) < step["model"]
+            assert sum(step["calls"]["all_to_all"]) == pytest.approx(step["all_to_all"])
             assert sum(step["calls"]["other"]) == pytest.approx(step["other"])
-
-    every = [step for steps in result["ranks"] for step in steps]
-    # A process that loses its core between two clocks sets them apart, but not in most steps.
-    apart = [sum(step["calls"]["all_to_all"]) / step["all_to_all"] for step in every]
-    assert np.median(apart) < 1.1 and len({len(step["calls"]["all_to_all"]) for step in every}) == 1
 
     result["metrics"][1]["loss"] *= 1.001
     path.write_text(json.dumps(result))
