@@ -94,7 +94,7 @@ def _of_balance(folder: Path, history: History, spells: Sequence[Spell], layers:
         shown.append(("Bias", "bias.png", "A bias that keeps climbing belongs to an expert that few tokens want."))
     waiting = 100.0 * np.divide(figure["waiting_seconds"], figure["step_seconds"], where=figure["step_seconds"] > 0,
                                 out=np.full(len(steps), np.nan))  # fmt: skip
-    if np.nanmax(figure["max_vio_rank"], initial=0.0) > 0 or np.isfinite(waiting).any():
+    if max(np.nanmax(one, initial=0.0) for one in (figure["max_vio_rank"], waiting)) > 0:  # else a single rank
         plots.save_ranks(
             folder / "ranks.png", steps, figure["max_vio_rank"], waiting, figure["bytes_sent"] / 2**20, marks
         )

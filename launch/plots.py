@@ -94,8 +94,9 @@ def draw_marks(axes: Any, marks: Marks, labelled: bool = True) -> None:
     """Dotted lines at the marks, their labels above the axes; marks too near to the one before share its label."""
     low, high = axes.get_xlim()
     alarms = [step for step, label in marks if label == ALARM]
-    axes.plot(alarms, np.ones(len(alarms)), color=ORANGE, marker="v", markersize=6, linestyle="none", clip_on=False,
-              transform=axes.get_xaxis_transform(), zorder=5)  # fmt: skip
+    if alarms:
+        axes.plot(alarms, np.ones(len(alarms)), color=ORANGE, marker="v", markersize=6, linestyle="none", clip_on=False,
+                  transform=axes.get_xaxis_transform(), zorder=5)  # fmt: skip
     labels: list[tuple[int, list[str]]] = []
     for step, label in marks:
         if label == ALARM:

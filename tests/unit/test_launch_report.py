@@ -17,6 +17,9 @@ from launch.runfolder import RunFolder
 from launch.step_record import StepRecord
 from launch.telemetry import Telemetry
 
+# matplotlib says so, and no more, where it could not lay a picture out.
+pytestmark = pytest.mark.filterwarnings("error:constrained_layout not applied")
+
 CONFIG_TOML = """
 [model]
 hidden_size = 64
@@ -41,7 +44,7 @@ def step_record(step: int, rng: np.random.Generator, **changes: Any) -> StepReco
     record = StepRecord(
         step=step, tokens=step * 512, loss=2 + 6 * math.exp(-step / 20), mtp_loss=3 + 5 * math.exp(-step / 20),
         grad_norm=1.0, lr=1e-3, step_seconds=0.5, tokens_per_second=1024.0, mfu=None, memory_gib=1.5,
-        data_wait_seconds=0.05, all_to_all_seconds=0.1, world_size=2, ep_size=2,
+        data_wait_seconds=0.05, all_to_all_seconds=0.1, waiting_seconds=0.02, bytes_sent=2**22, world_size=2, ep_size=2,
         tokens_per_expert=rng.multinomial(2048, share, size=2), expert_bias=np.float32(skew) * np.ones((2, 1)),
     )  # fmt: skip
     return replace(record, **changes)
@@ -127,6 +130,13 @@ def test_a_dense_run_has_no_balance_pictures(tmp_path: Path) -> None:
     make_run(tmp_path / "run", 5, tokens_per_expert=np.zeros((0, 0), dtype=np.int64), expert_bias=None, mtp_loss=None)
     text = write_report(tmp_path / "run").read_text()
     assert "plots/loss.png" in text and "max_vio.png" not in text and "loads.png" not in text
+
+
+def test_a_run_of_one_rank_has_no_picture_of_the_ranks(tmp_path: Path) -> None:
+    alone = {"world_size": 1, "ep_size": 1, "waiting_seconds": 0.0, "bytes_sent": 0}
+    make_run(tmp_path / "run", 5, **alone).close()
+    assert "ranks.png" not in write_report(tmp_path / "run").read_text()
+    assert not (tmp_path / "run" / "plots" / "ranks.png").exists()
 
 
 def test_a_run_whose_loss_was_lost_says_so(tmp_path: Path) -> None:
