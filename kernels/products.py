@@ -1,4 +1,4 @@
-"""Products of fp32 matrices on a CPU: through oneDNN where MKL uses half of the processor.
+"""Products of matrices on a CPU: fp32 through oneDNN where MKL uses half of the processor, as bf16 always is.
 
 MKL runs its AVX2 code on AMD's processors, oneDNN its AVX-512 code: twice the speed in the same precision
 (docs/kernels.md). torch asks oneDNN for fp32 products only where it is allowed to round their factors to bf16, which
@@ -116,7 +116,7 @@ def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     rest = n_rows % _step(n_rows)
     if torch.is_inference_mode_enabled() and _goes_in_pieces(rows, matrix):
         _in_pieces(rows, matrix, out)
-    elif not rest or rows.dtype != torch.float32 or rows.device.type != "cpu" or not in_steps():
+    elif not rest or not _makes_programs(rows):
         torch.mm(rows, matrix, out=out)
     elif n_rows < STEP:
         out.copy_(torch.mm(_filled(rows, _length(n_rows)), matrix)[:n_rows])
@@ -129,17 +129,32 @@ def rows_product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
 def outer_product(left: Tensor, right: Tensor, out: Tensor, add: bool) -> None:
     """out = left^T @ right, or added to it, where groups of rows come in any length; zeros fill what is left of steps.
 
+    In fp32 the steps and what is left are added up; in bf16, where that would round once more, all rows are filled up.
+
     Args:
         left: (R, K). right: (R, N). out: (K, N), written. add: to what `out` holds.
     """
     n_rows = left.shape[0]
     rest = n_rows % _step(n_rows)
-    if rest and left.dtype == torch.float32 and left.device.type == "cpu" and in_steps():
-        if n_rows > STEP:
+    if rest and _makes_programs(left):
+        if n_rows > STEP and left.dtype == torch.float32:
             _outer(left[: n_rows - rest], right[: n_rows - rest], out, add)
-            add = True
-        left, right = (_filled(rows[n_rows - rest :], _length(rest)) for rows in (left, right))
+            left, right, n_rows, add = left[n_rows - rest :], right[n_rows - rest :], rest, True
+        left, right = (_filled(rows, _length(n_rows)) for rows in (left, right))
     _outer(left, right, out, add)
+
+
+def _makes_programs(rows: Tensor) -> bool:
+    """Whether a product of these rows goes through oneDNN, in which each new length is a new program."""
+    if rows.device.type != "cpu":
+        return False
+    return in_steps() if rows.dtype == torch.float32 else rows.dtype == torch.bfloat16 and _bf16_in_onednn()
+
+
+@functools.cache
+def _bf16_in_onednn() -> bool:
+    """Whether torch gives bf16 products to oneDNN on this processor, as it does wherever that can compute them."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _step(n_rows: int) -> int:
