@@ -10,9 +10,9 @@ def main() -> int:
     """Runs the command line; returns the process's exit status."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    from launch.cli import main as run
+    from launch.cli import program
 
-    return run(sys.argv[1:])
+    return program()
 
 
 if __name__ == "__main__":

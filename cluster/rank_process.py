@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.context import RankContext
 from cluster.entry import run_entry
 from cluster.monitor import start_monitor, stop_monitor
-from cluster.process import die_with_parent, kill_own_group, watch_pipe
+from cluster.process import about_to_end, die_with_parent, kill_own_group, watch_pipe
 from cluster.redact import guard_output
 
 
@@ -55,6 +55,7 @@ def main(spec_path: str) -> int:
     sys.stderr.flush()
     if not report["ok"]:
         os._exit(report["exit_code"])  # threads stuck in a collective would hold a normal exit up
+    about_to_end()
     return 0
 
 

@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
+from cluster.process import about_to_end
 from cluster.redact import guard_output, restore_output
 from data.errors import DataError
 from data.weighted import resolved
 from launch.config import LAUNCHERS, ConfigError, dump, preset_names, read
+
+
+def program() -> int:
+    """The command line of this process, which ends with it; returns its exit status."""
+    try:
+        return main(sys.argv[1:])
+    finally:
+        about_to_end()
 
 
 def main(arguments: list[str]) -> int:

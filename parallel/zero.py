@@ -35,7 +35,9 @@ def prepare_deepspeed(backend: str, local_rank: int) -> Any:
     """Imports DeepSpeed quietly and joins it to the process group that already exists.
 
     On a CPU its start would compile a shared-memory operator, which needs ninja and a C++ compiler and crashes where
-    either is missing; the operator is declared incompatible instead, and Gloo does the work.
+    either is missing; the operator is declared incompatible instead, and Gloo does the work. Its engine imports the
+    Muon optimizer to see that ours is not one, and that decorates three functions with torch.compile, for which torch
+    loads its whole compiler: 1.5 s of each rank's start. They stay as they are written.
 
     Args:
         backend: `gloo` or `nccl`, the backend of the default process group.
@@ -63,6 +65,9 @@ def prepare_deepspeed(backend: str, local_rank: int) -> Any:
 
     for key in [key for key in ops.__compatible_ops__ if "shm" in key]:
         ops.__compatible_ops__[key] = False
+    from deepspeed.runtime import compiler
+
+    compiler.compile = lambda: compiler.dummy_decorator  # DeepSpeed's own, for a torch that cannot compile
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return deepspeed
 

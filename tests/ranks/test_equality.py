@@ -111,6 +111,7 @@ def test_zero(reference: dict, world: int) -> None:
     by_rank = run_ranks(world, "tests.ranks.training:zero_cases", {"cases": cases})
     for rank, results in enumerate(by_rank):
         for case, result in zip(cases, results, strict=True):
+            assert not result["compiler_loaded"], "seconds of each rank's start, for what nobody calls"
             assert_same(result, reference, f"rank {rank} of {world}, [ep, stage, accumulation, recompute] = {case}")
 
 

@@ -1,6 +1,7 @@
 """A tiny training run on fixed random data at any layout, for equality with one rank. No data room, no launcher."""
 
 import json
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -186,6 +187,7 @@ def zero(
         device=torch.device("cpu"), local_rank=rank,
     )  # fmt: skip
     result = train(engine, model, ranks, accumulation, range(steps))
+    result["compiler_loaded"] = "torch._inductor.compile_fx" in sys.modules
     result["dtypes"] = sorted({str(bias.dtype) for bias in routers(model).values()})
     engine.close()
     return result
