@@ -32,10 +32,10 @@ check: setup
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
 
-# Two files at a time, but for what kills processes, watches clocks or starts Ray: that runs by itself.
+# Two files at a time, the short ones last, but for what kills processes, watches clocks or starts Ray: that runs by itself.
 test: check
 	@$(PYTHON) -m pytest -n 2 tests/unit tests/kernels
-	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations=25 -m "not ray and not drill" tests/ranks tests/end_to_end
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations=25 -m "not ray and not drill" tests/end_to_end tests/ranks
 	@$(PYTHON) -m pytest -m ray tests/end_to_end
 	@$(PYTHON) -m pytest tests/faults tests/ray
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, MutableMapping
 
 from cluster.context import EXIT_FAILED, RankContext
+from cluster.process import uncollected
 from cluster.redact import redact
 
 Entry = Callable[[RankContext, dict], dict]
@@ -38,7 +39,8 @@ def resolve(entry: str) -> Entry:
     module_name, colon, function_name = entry.partition(":")
     if not colon or not module_name or not function_name.isidentifier():
         raise ValueError(f"entry {entry!r} is not of the form 'package.module:function'")
-    function = getattr(importlib.import_module(module_name), function_name, None)
+    with uncollected():
+        function = getattr(importlib.import_module(module_name), function_name, None)
     if not callable(function):
         raise ValueError(f"entry {entry!r}: module {module_name} has no function {function_name!r}")
     return function

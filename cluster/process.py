@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -175,3 +176,16 @@ def _below(root: int, parents: Mapping[int, int]) -> list[int]:
 def about_to_end() -> None:
     """To be called last: spares the interpreter the search for cycles among all of torch's objects, about a second."""
     gc.freeze()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, nobody searches for cycles: importing torch and its like makes objects by the hundred thousand, which all
+    stay, and to search them again and again takes a third of the import's time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

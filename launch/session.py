@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.flag import StopFlag
+from cluster.process import uncollected
 from data.batches import Batches
 from data.foreign import ForeignStream
 from data.stream import Stream
@@ -301,7 +302,8 @@ def assemble(
     init_weights(model, config.train.seed)
     model.to(device)
     watch = GradientWatch(model)
-    engine = build_engine(config, model, ranks, device, local_rank, plain)
+    with uncollected():  # DeepSpeed and torch.optim import more of torch here
+        engine = build_engine(config, model, ranks, device, local_rank, plain)
     if ranks.dp.rank == 0 and not plain:
         (run.path / "deepspeed.json").write_text(json.dumps(getattr(engine, "settings", {}), indent=1) + "\n")
     biases = bias_buffers(config, model)  # after the engine, which may have moved or cast the module

@@ -1,5 +1,6 @@
 """Entries by name, JSON in and out, and the environment of a rank."""
 
+import gc
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from cluster.context import RankContext
 from cluster.entry import encode, prepare_environment, resolve, run_entry, thread_count
 from cluster.flag import StopFlag
+from cluster.process import uncollected
 
 ENTRIES = "tests.ray.entries"
 
@@ -99,3 +101,19 @@ def test_threads():
     assert thread_count(5, 2) == 5
     assert thread_count(0, 10_000) == 1
     assert thread_count(0, 1) >= 1
+
+
+def test_cycles_are_searched_for_again_after_an_import(tmp_path, monkeypatch):
+    (tmp_path / "made_up_entry.py").write_text("import gc\ncollects = gc.isenabled()\ndef run(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("made_up_entry:run").__globals__["collects"] is False and gc.isenabled()
+    with pytest.raises(ImportError):
+        resolve("made_up_entry_that_is_missing:run")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with uncollected():
+            pass
+        assert not gc.isenabled()  # somebody wanted it so
+    finally:
+        gc.enable()
