@@ -37,7 +37,7 @@ test: check
 	@$(PYTHON) -m pytest -n 2 tests/unit tests/kernels
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations=25 -m "not ray and not drill" tests/end_to_end tests/ranks
 	@$(PYTHON) -m pytest -m ray tests/end_to_end
-	@$(PYTHON) -m pytest tests/faults tests/ray
+	@$(PYTHON) -m pytest --durations=10 tests/faults tests/ray
 
 drill: setup
 	@$(PYTHON) -m pytest tests/faults tests/ray -m "slow or not slow"
