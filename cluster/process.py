@@ -1,4 +1,5 @@
-"""Processes that never outlive the one that started them, and finding everything that a process has started."""
+"""Processes that never outlive the one that started them, finding everything that a process has started, and sparing a
+process the searches for cycles while it starts and when it ends."""
 
 import ctypes
 import gc

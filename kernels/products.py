@@ -1,4 +1,4 @@
-"""Products of matrices on a CPU: fp32 through oneDNN where MKL uses half of the processor, as bf16 always is.
+"""Products of matrices on a CPU: fp32 through oneDNN where MKL uses half of the processor; bf16 goes there by itself.
 
 MKL runs its AVX2 code on AMD's processors, oneDNN its AVX-512 code: twice the speed in the same precision
 (docs/kernels.md). torch asks oneDNN for fp32 products only where it is allowed to round their factors to bf16, which
