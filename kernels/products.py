@@ -40,6 +40,7 @@ def choose_products() -> bool:
     Returns:
         Whether they go through oneDNN from now on.
     """
+    settle_mkl()
     _through_onednn(onednn_is_better())
     return in_steps()
 
@@ -64,6 +65,25 @@ def stays_exact() -> bool:
             if not torch.equal(x @ torch.eye(width), x) or not torch.equal(torch.eye(rows) @ x, x):
                 return False
     return True
+
+
+def settle_mkl() -> None:
+    """Has MKL choose its code for this processor, once, on the calling thread: to be called before threads multiply.
+
+    MKL looks at the processor when it is first asked for something, and keeps what it finds in variables that it writes
+    in several steps and without a lock (the code of `mkl_serv_cpuisclx` in torch 2.13 first notes yes and then looks
+    again). Two threads whose first products coincide may see what lies between, and one of them then computes that
+    product with another kernel, which rounds otherwise.
+    """
+    for dtype in (torch.float32, torch.float64):
+        x = torch.ones(17, 17, dtype=dtype)
+        torch.mm(x, x)
+        torch.addmm(x, x, x.t())
+        torch.bmm(x.expand(2, 17, 17), x.expand(2, 17, 17).transpose(1, 2))
+        torch.mv(x, x[0])
+        torch.dot(x[0], x[1])
+        for function in (torch.exp, torch.log, torch.tanh, torch.cos, torch.sin):  # MKL's vector functions
+            function(x)
 
 
 @contextmanager

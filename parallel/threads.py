@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.products import settle_mkl
 from parallel.communicator import Arrived, Pending, Reduction, Traffic
 
 
@@ -141,6 +142,7 @@ def run_virtual_ranks(size: int, work: Callable[[VirtualWorld, int], Any]) -> li
     Raises:
         The first error that a rank raised of its own; errors that only follow from a broken wait are left out.
     """
+    settle_mkl()
     world = VirtualWorld(size)
     results: list[Any] = [None] * size
     failures: list[tuple[int, BaseException]] = []
