@@ -23,8 +23,8 @@ from launch.hf_weights import HfWeights
 from launch.runfolder import RunFolder
 from launch.schema import override, parse, show
 from model.config import ModelConfig
-from model.hf_config import from_hf
-from model.hf_names import is_main, logical_tensors
+from model.hf_config import from_hf, prediction_layer_problem
+from model.hf_names import logical_tensors, prediction_layers
 from parallel.whole_checkpoint import StateTensor, write_whole
 
 Progress = Callable[[int, int], None]
@@ -117,7 +117,12 @@ def _model(folder: HfFolder, problems: list[str], notes: list[str]) -> ModelConf
     problems += model.problems()
     if len(problems) > before:
         return None
-    if model.num_nextn_predict_layers and all(is_main(name, model) for name in folder.file_of):
+    held = prediction_layers(folder.file_of, model.num_hidden_layers)
+    disagreement = prediction_layer_problem(folder.config, held)
+    if disagreement is not None and any(".eh_proj." in name for name in folder.file_of):
+        problems.append(disagreement)
+        return None
+    if model.num_nextn_predict_layers and not held:
         notes.append(
             f"config.json speaks of {model.num_nextn_predict_layers} prediction layer(s) and the folder holds none "
             "(transformers does not save them): imported without"

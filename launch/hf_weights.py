@@ -15,6 +15,7 @@ from model.hf_names import HfTensor, fused_tensors, hf_tensors, logical_tensors
 
 CHUNK = 1 << 23  # elements read at once: 32 MiB in fp32
 _READ = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+_SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)  # e8m0: powers of two, "ue8m0"
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")  # old folders hold them; they follow from the configuration
 
 
@@ -96,8 +97,7 @@ class HfWeights:
         if found != shape:
             self._odd.append(f"{name} has shape {list(found)}, config.json makes it {list(shape)}")
         if dtype not in _READ:
-            code = self.folder.readers[self.folder.file_of[name]].entries[name]["dtype"]
-            self._odd.append(f"{name} is {code}; F32, BF16, F16 and block-scaled F8_E4M3 can be read")
+            self._odd.append(f"{name} is {self._code(name)}; F32, BF16, F16 and block-scaled F8_E4M3 can be read")
         scale = name + SCALE_SUFFIX
         if dtype != torch.float8_e4m3fn:
             return False
@@ -111,7 +111,13 @@ class HfWeights:
         wanted = scale_shape(shape, self.block)
         if self.folder.shape(scale) != wanted:
             self._odd.append(f"{scale} has shape {list(self.folder.shape(scale))}, blocks make it {list(wanted)}")
+        if self.folder.dtype(scale) not in _SCALES:
+            self._odd.append(f"{scale} is {self._code(scale)}; scales can be read in F32, BF16, F16 and F8_E8M0")
         return True
+
+    def _code(self, name: str) -> str:
+        """The dtype as the file names it."""
+        return str(self.folder.readers[self.folder.file_of[name]].entries[name]["dtype"])
 
     def differing_copies(self) -> Iterator[str]:
         """Says which repeated embedding or head is not the model's own; reads them all."""

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.kv_rank = config.kv_lora_rank
         self.scale = softmax_scale(config)
-        hidden, eps, heads = config.hidden_size, config.rms_norm_eps, self.n_heads
+        hidden, eps, heads = config.hidden_size, config.latent_eps, self.n_heads
         self.low_rank_queries = config.q_lora_rank is not None
         if config.q_lora_rank is not None:
             self.q_a_proj = Linear(hidden, config.q_lora_rank, device, dtype)

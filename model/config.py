@@ -15,7 +15,7 @@ class YarnConfig:
         factor: how many times longer than `original_max_position_embeddings` the context is to be, >= 1.
         original_max_position_embeddings: context length (tokens) before scaling.
         beta_fast, beta_slow: turns within the original context above which a frequency keeps its value, and below
-            which it is divided by `factor`; between them it is blended.
+            which it is divided by `factor`; between them it is blended. Equal values make a step (Kimi-K2).
         mscale, mscale_all_dim: attention temperature; the softmax scale is multiplied by
             (0.1 * mscale_all_dim * ln(factor) + 1)^2, cos and sin by the ratio of the two. 0 leaves it alone.
     """
@@ -37,10 +37,10 @@ class YarnConfig:
                 f"model.rope_scaling.original_max_position_embeddings = {self.original_max_position_embeddings} "
                 "must be at least 1 token"
             )
-        if not 0 < self.beta_slow < self.beta_fast:
+        if not 0 < self.beta_slow <= self.beta_fast:
             found.append(
-                f"model.rope_scaling.beta_slow = {self.beta_slow} must be above 0 and below beta_fast = "
-                f"{self.beta_fast}; DeepSeek uses 1 and 32"
+                f"model.rope_scaling.beta_slow = {self.beta_slow} must be above 0 and at most beta_fast = "
+                f"{self.beta_fast}; DeepSeek uses 1 and 32, Kimi-K2 1 and 1"
             )
         for name in ("mscale", "mscale_all_dim"):
             if getattr(self, name) < 0:
@@ -78,6 +78,9 @@ class ModelConfig:
             `group_limited_greedy` ranks it by its best, without bias; `greedy` ignores groups (V2-Lite).
         norm_topk_prob: divide the chosen weights by their sum.
         routed_scaling_factor: factor on the weights.
+        rms_norm_eps: added to the mean square in every normalisation.
+        latent_norm_eps: the same for the latents of attention alone; None (or absent) takes `rms_norm_eps`. Published
+            models whose rms_norm_eps is not 1e-6 (Moonlight, GLM-4.7-Flash) have 1e-6 here.
         initializer_range: standard deviation of the initial weights.
     """
 
@@ -110,6 +113,7 @@ class ModelConfig:
     routed_scaling_factor: float = 2.5
 
     rms_norm_eps: float = 1e-6
+    latent_norm_eps: float | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -137,6 +141,11 @@ class ModelConfig:
     def qk_head_dim(self) -> int:
         """Width of a query's and a key's head, rotated part included."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_eps(self) -> float:
+        """What the normalisation of the latents adds to the mean square."""
+        return self.rms_norm_eps if self.latent_norm_eps is None else self.latent_norm_eps
 
     @property
     def uses_bias(self) -> bool:
@@ -176,6 +185,10 @@ class ModelConfig:
         for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
             if not getattr(self, name) > 0:
                 found.append(f"model.{name} = {getattr(self, name)} must be above 0")
+        if self.latent_norm_eps is not None and not self.latent_norm_eps > 0:
+            found.append(
+                f"model.latent_norm_eps = {self.latent_norm_eps} must be above 0; leave it out to take rms_norm_eps"
+            )
         if self.tie_word_embeddings:
             found.append("model.tie_word_embeddings = true is not part of DeepSeek-V3's shape; use false")
         return found

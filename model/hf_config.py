@@ -1,7 +1,8 @@
 """Our model's configuration as a Hugging Face config.json, and back: pure, nothing is read or built.
 
-The fields are those that `transformers` (4.5x and 5), vLLM and SGLang read; where they disagree on a name, both names
-are written. A configuration that one of them would compute differently is refused rather than written.
+The fields are those that `transformers` (4.57 and 5), vLLM and SGLang read; where they disagree on a name, both names
+are written. A configuration that one of them would compute differently is refused rather than written, as far as their
+versions of today go: transformers 4.57 and 5.3 leave out YaRN's factor on the attention of deepseek_v2 (a trap of the docs).
 """
 
 from __future__ import annotations
@@ -24,11 +25,21 @@ _REQUIRED = (
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings", "intermediate_size",
     "moe_intermediate_size", "first_k_dense_replace", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
 )  # fmt: skip
-_MODELS = {
-    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
-                    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0},
-    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False,
-                    "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0},
+LATENT_EPS = 1e-6  # DeepSeek's code and transformers normalise the latents with it, whatever rms_norm_eps says
+# What a field is where config.json does not have it: the defaults of the classes that DeepSeek, Moonshot and
+# transformers read these files with. None: there is no default that two of them share, and the field is asked for.
+_V3: dict[str, Any] = {
+    "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    "n_group": 8, "topk_group": 4, "num_nextn_predict_layers": 0, "rms_norm_eps": LATENT_EPS,
+}  # fmt: skip
+_MODELS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": _V3,
+    "kimi_k2": _V3,
+    "glm4_moe_lite": {**_V3, "routed_scaling_factor": 1.8, "n_group": 1, "topk_group": 1, "rms_norm_eps": 1e-5},
+    "deepseek_v2": {
+        "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "n_group": None, "topk_group": None, "num_nextn_predict_layers": 0, "rms_norm_eps": LATENT_EPS,
+    },
 }  # fmt: skip
 _OTHERS = {
     "mixtral": "grouped-query attention, and no shared expert",
@@ -37,13 +48,16 @@ _OTHERS = {
     "olmoe": "full attention with normalised queries and keys, and no shared expert",
     "deepseek": "multi-head attention without a latent",
     "deepseek_v32": "sparse attention with an indexer",
+    "glm4_moe": "grouped-query attention, part of each head rotated",
+    "kimi_linear": "linear attention in most layers",
+    "kimi_vl": "a model of images and text; take its language model's own folder",
+    "kimi_k25": "a model of images and text; take its language model's own folder",
 }
 # What has to have one value, because the model has nothing else.
 _FIXED = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_interleave": True, "moe_layer_freq": 1,
-    "tie_word_embeddings": False, "attention_dropout": 0.0,
+    "tie_word_embeddings": False, "attention_dropout": 0.0, "partial_rotary_factor": 1.0, "use_qk_norm": False,
 }  # fmt: skip
-LATENT_EPS = 1e-6  # DeepSeek's code and transformers normalise the latents with it, whatever rms_norm_eps says
 
 
 def model_type(config: ModelConfig) -> str:
@@ -54,10 +68,11 @@ def model_type(config: ModelConfig) -> str:
 def export_problems(config: ModelConfig) -> list[str]:
     """Why a reader of the folder would not compute the same function: a sentence each, with a way out."""
     found = []
-    if config.rms_norm_eps != LATENT_EPS:
+    if config.latent_eps != LATENT_EPS:
+        key = "rms_norm_eps" if config.latent_norm_eps is None else "latent_norm_eps"
         found.append(
-            f"model.rms_norm_eps = {config.rms_norm_eps}: transformers normalises the latents with 1e-6 always, vLLM "
-            "with rms_norm_eps; only a model trained with 1e-6 is the same in both"
+            f"model.{key} = {config.latent_eps}: transformers and DeepSeek's code normalise the latents with 1e-6 "
+            "always; only a model trained with model.latent_norm_eps = 1e-6 is the same there"
         )
     if config.n_shared_experts < 1:
         found.append("model.n_shared_experts = 0: transformers and vLLM always build a shared expert; train with 1")
@@ -154,24 +169,27 @@ def from_hf(table: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     kind = table.get("model_type")
     if kind not in _MODELS:
         problems.append(
-            f"model_type = {kind!r} cannot be imported: {_OTHERS.get(str(kind), 'an architecture of its own')}; this "
-            "model is multi-head latent attention with shared and routed experts, of deepseek_v3 or deepseek_v2"
+            f"model_type = {kind!r} cannot be imported: {_OTHERS.get(str(kind), 'this import does not know it')}; the "
+            f"model here is multi-head latent attention with shared and routed experts, read from {', '.join(_MODELS)}"
         )
         return {}
-    missing = [name for name in _REQUIRED if name not in table]
+    given = {**table, **_dense_layers(kind, table, problems)}
+    values = {**_MODELS[kind], **{name: given[name] for name in _SAME if name in given}}
+    if given.get("topk_method") is not None:
+        values["topk_method"] = given["topk_method"]
+    missing = [name for name in _REQUIRED if name not in given]
+    for name in ("n_group", "topk_group"):
+        if values["topk_method"] == "greedy":
+            values[name] = 1  # groups play no part
+        elif values[name] is None:
+            missing.append(name)
     if missing:
         problems.append(f"lacks {', '.join(missing)}; take the config.json that belongs to the weights")
-    values = {**_MODELS[kind], **{name: table[name] for name in _SAME if name in table}}
-    if table.get("topk_method") is not None:
-        values["topk_method"] = table["topk_method"]
-    for name in ("n_group", "topk_group"):
-        if values.get(name) is None or values["topk_method"] == "greedy":
-            values[name] = 1
     for name in ("n_shared_experts", "num_nextn_predict_layers"):
         if values.get(name, 0) is None:
             values[name] = 0
     wanted = {"scoring_func": _MODELS[kind]["scoring_func"]}
-    if kind == "deepseek_v3":
+    if kind != "deepseek_v2":
         wanted["topk_method"] = "noaux_tc"
     for name, value in wanted.items():
         if values[name] != value:
@@ -186,14 +204,46 @@ def from_hf(table: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         )
     if kind == "deepseek_v2" and values["norm_topk_prob"]:
         problems.append("norm_topk_prob = true: readers of deepseek_v2 disagree on what that is, none is right here")
-    eps = values.setdefault("rms_norm_eps", LATENT_EPS)
-    if eps != LATENT_EPS:
-        problems.append(
-            f"rms_norm_eps = {eps!r}: its authors' code and transformers use 1e-6 for the latents all the same, "
-            "this model one value everywhere; only 1e-6 is the same"
-        )
+    if values["rms_norm_eps"] != LATENT_EPS:
+        values["latent_norm_eps"] = LATENT_EPS
     values |= _rope_from_hf(table, problems)
     return values
+
+
+def prediction_layer_problem(table: Mapping[str, Any], found: int) -> str | None:
+    """Why config.json and the weights do not agree on the prediction layers; None where they do.
+
+    Args:
+        found: prediction layers that the weights hold. None at all is no disagreement: transformers does not save them.
+    """
+    told = table.get("num_nextn_predict_layers", "missing")
+    number = told if isinstance(told, int) else 0
+    if not found or found == number:
+        return None
+    first, shown = table.get("num_hidden_layers"), "null" if told is None else told
+    return (
+        f"num_nextn_predict_layers is {shown}, and the weights hold {found} prediction layer(s), from layer {first} on "
+        f"(eh_proj, enorm and hnorm belong to one); set num_nextn_predict_layers = {found} in config.json"
+    )
+
+
+def _dense_layers(kind: str, table: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """first_k_dense_replace of glm4_moe_lite, which says it as `mlp_layer_types`: layer by layer, dense or sparse."""
+    if kind != "glm4_moe_lite":
+        return {}
+    kinds, told, layers = (
+        table.get("mlp_layer_types"),
+        table.get("first_k_dense_replace"),
+        table.get("num_hidden_layers"),
+    )
+    if kinds is None:
+        return {"first_k_dense_replace": 1 if told is None else told}
+    dense = kinds.count("dense") if isinstance(kinds, list) else -1
+    if dense < 0 or kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or len(kinds) != layers:
+        problems.append(f"mlp_layer_types = {kinds!r}: the model has dense layers first, then sparse, {layers} in all")
+    elif told not in (None, dense):
+        problems.append(f"first_k_dense_replace = {told!r}, and mlp_layer_types has {dense} dense layers; keep one")
+    return {"first_k_dense_replace": dense}
 
 
 def _rope_from_hf(table: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:

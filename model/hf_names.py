@@ -19,7 +19,7 @@ Source: the index files of the published DeepSeek-V3 and DeepSeek-V2-Lite.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from model.config import ModelConfig
@@ -111,11 +111,15 @@ def fused_tensors(config: ModelConfig) -> list[Fused]:
     return found
 
 
-def is_main(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor of the folder belongs to the main model: not to a layer of number num_hidden_layers or above."""
-    stem, _, rest = name.partition("model.layers.")
-    number = rest.partition(".")[0]
-    return bool(stem) or not number.isdecimal() or int(number) < config.num_hidden_layers
+def prediction_layers(names: Iterable[str], num_hidden_layers: int) -> int:
+    """How many prediction layers a folder's tensors belong to: those that number num_hidden_layers and above count."""
+    found = set()
+    for name in names:
+        stem, _, rest = name.partition("model.layers.")
+        number = rest.partition(".")[0]
+        if not stem and number.isdecimal() and int(number) >= num_hidden_layers:
+            found.add(int(number))
+    return len(found)
 
 
 def _moe_layers(config: ModelConfig) -> Iterator[tuple[str, str]]:

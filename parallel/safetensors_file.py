@@ -30,6 +30,7 @@ _CODES = {
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 _BLOCK, _BLOCKS_KEPT = 4 << 20, 16  # of a remote file: bytes of one, and how many a reader keeps
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
@@ -246,10 +247,15 @@ class SafetensorsReader:
         """Elements [start, stop) of the flattened tensor `key`, as a new 1-D tensor.
 
         Raises:
-            KeyError: no such tensor. OSError: it cannot be read.
+            KeyError: no such tensor. ValueError: its dtype is not read here. OSError: it cannot be read.
         """
         entry = self.entries[key]
-        dtype = _DTYPES[entry["dtype"]]
+        dtype = self.dtype(key)
+        if dtype is None:
+            raise ValueError(
+                f"{self.path}: {key} is {entry['dtype']}, which is not read here; write it as one of "
+                f"{', '.join(_DTYPES)}"
+            )
         width = torch.empty((), dtype=dtype).element_size()
         first = self._first + entry["data_offsets"][0]
         raw = self._bytes.read(first + start * width, first + stop * width)

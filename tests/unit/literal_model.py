@@ -75,7 +75,8 @@ class Literal:
         return (logits.exp().sum().log() - logits[target]).item()
 
     def _norm(self, path: str, x: Tensor) -> Tensor:
-        return x / torch.sqrt((x * x).mean() + self.config.rms_norm_eps) * self.w[f"{path}.weight"]
+        eps = self.config.latent_eps if path.endswith("_a_layernorm") else self.config.rms_norm_eps
+        return x / torch.sqrt((x * x).mean() + eps) * self.w[f"{path}.weight"]
 
     def _layer(self, path: str, xs: list[Tensor], docs: list[int], dense: bool) -> list[Tensor]:
         attended = self._attention(f"{path}.self_attn", [self._norm(f"{path}.input_layernorm", x) for x in xs], docs)
