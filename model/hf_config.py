@@ -1,8 +1,8 @@
 """Our model's configuration as a Hugging Face config.json, and back: pure, nothing is read or built.
 
 The fields are those that `transformers` (4.57 and 5), vLLM and SGLang read; where they disagree on a name, both names
-are written. A configuration that one of them would compute differently is refused rather than written, as far as their
-versions of today go: transformers 4.57 and 5.3 leave out YaRN's factor on the attention of deepseek_v2 (a trap of the docs).
+are written. A configuration that one of them would compute differently is refused rather than written. Versions
+matter: transformers 4.57 and 5.3 leave YaRN's factor out of deepseek_v2's attention (docs/huggingface.md, Traps).
 """
 
 from __future__ import annotations
