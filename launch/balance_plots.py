@@ -218,12 +218,15 @@ def save_load_heat_maps(path: Path, steps: np.ndarray, loads: np.ndarray, layer_
 
 
 def save_bias(path: Path, steps: np.ndarray, bias: np.ndarray, layer_names: Sequence[str]) -> None:
-    """Every expert's routing bias over time, one panel a layer, the highest and the lowest at the end named.
+    """Every expert's routing bias over time against the layer's median expert, one panel a layer, the highest and the
+    lowest at the end named.
 
     Args:
         steps: (M,) int, ascending. bias: (M, L, E) fp32.
     """
-    with layer_panels(path, "Routing bias of each expert", "bias", steps, layer_names, sharey=True) as panels:
+    bias = balance_stats.against_the_median(bias)
+    title = "Routing bias of each expert, against the layer's median"
+    with layer_panels(path, title, "bias", steps, layer_names, sharey=True) as panels:
         for layer, axes in panels:
             axes.plot(steps, bias[:, layer], color=GREY, linewidth=0.7, alpha=0.5, marker=marker(steps))
             for expert, colour in ((np.argmax(bias[-1, layer]), ORANGE), (np.argmin(bias[-1, layer]), BLUE)):

@@ -166,3 +166,8 @@ def layer_names(config: Mapping[str, Any], n_layers: int) -> list[str]:
             if len(names) == n_layers:
                 return names
     return [f"moe {i}" for i in range(n_layers)]
+
+
+def against_the_median(bias: np.ndarray) -> np.ndarray:
+    """Biases (..., E) as differences from the median expert's: what all experts of a layer share changes no choice."""
+    return np.asarray(bias - np.median(bias, axis=-1, keepdims=True))

@@ -8,7 +8,7 @@ import numpy as np
 from launch import balance_stats
 from launch.history import History, Spell
 
-# L layers, E routed experts, M drawn steps, W the last tenth of them, at most 20
+# L layers, E routed experts, M drawn steps, W last steps
 
 MAX_NAMED = 8  # experts, layers or alarms that one sentence names
 MAX_ALARM_ROWS = 40
@@ -26,16 +26,18 @@ def findings(
     pairs: tuple[int, list[str], np.ndarray] | None,
     summary: dict[str, Any],
     layers: Sequence[str],
+    lane_period: int | None = None,
 ) -> list[str]:
     """Sentences about what stands out in the balance, the most telling first; empty for a dense model.
 
     Args:
         pairs: what ``history.read_pairs`` gave. summary: what ``history.summarize_history`` gave.
-        layers: L names.
+        layers: L names. lane_period: steps after which the same lanes of the data are read again, where that is whole.
     """
     if not len(history.loads):
         return []
-    found = [_alarms(spells), _dead(history, layers), _uneven(history, layers), _bias(history, layers),
+    found = [_alarms(spells), _dead(history, layers), _uneven(history, layers), _periodic(history, lane_period),
+             _bias(history, layers),
              _climbing(history, layers), _changed(history, layers), _entropy(history, layers),
              _ranks(history, layers), _waiting(summary), _pairs(pairs)]  # fmt: skip
     return [sentence for sentence in found if sentence]
@@ -94,7 +96,7 @@ def _alarms(spells: Sequence[Spell]) -> str:
 
 
 def _dead(history: History, layers: Sequence[str]) -> str:
-    recent = history.loads[-_window(history.loads) :]  # (W, L, E)
+    recent = history.recent_loads  # (W, L, E)
     seen = recent.sum(axis=2, keepdims=True).sum(axis=0) > 0  # (L, 1): layers that got tokens at all
     dead = (recent.sum(axis=0) == 0) & seen  # (L, E)
     named = [
@@ -109,15 +111,39 @@ def _dead(history: History, layers: Sequence[str]) -> str:
 
 def _uneven(history: History, layers: Sequence[str]) -> str:
     means = _recent_means(history, "max_vio")
-    floor = float(np.nanmean(history.layer_floor[-_window(history.layer_floor) :]))
     if len(layers) < 2 or np.isnan(means).all():
         return ""
+    floor = float(np.nanmean(history.recent_floor))
     worst, best = int(np.nanargmax(means)), int(np.nanargmin(means))
     return (
         f"The least even is {layers[worst]}: max_vio {means[worst]:.2f} in the "
-        f"{_last(history.layer_floor[-_window(history.layer_floor) :])}, {means[worst] / floor:.1f} times the noise "
+        f"{_last(history.recent_floor)}, {means[worst] / floor:.1f} times the noise "
         f"floor; {layers[best]} is the most even with {means[best]:.2f}."
     )
+
+
+def _periodic(history: History, lane_period: int | None) -> str:
+    """Spikes of max_vio that come back after the same number of steps, in the run's second half."""
+    half = len(history.steps) // 2
+    steps, vio = history.steps[half:], history.figures["max_vio"][half:]
+    if not np.isfinite(vio).any():
+        return ""
+    median = float(np.nanmedian(vio))
+    spikes = steps[np.nan_to_num(vio) > 2 * median]
+    gaps = np.diff(spikes)
+    if len(gaps) < 3:
+        return ""
+    period = int(np.median(gaps))
+    if period < 2 or (gaps % period == 0).mean() < 0.8:
+        return ""
+    text = f"max_vio rises to {float(np.nanmax(vio)):.2f} every {period} steps, over a median of {median:.2f}"
+    if period == lane_period:
+        text += (
+            ": after so many steps the same lanes of the data come again (`data.lanes` / `train.global_batch_size`), "
+            "and one of them holds a document unlike the others, whose tokens prefer the same experts. "
+            "It ends with that document"
+        )
+    return text + "."
 
 
 def _bias(history: History, layers: Sequence[str]) -> str:
@@ -139,6 +165,7 @@ def _climbing(history: History, layers: Sequence[str]) -> str:
     bias = history.bias[-max(2, len(history.bias) // 3) :]  # (m, L, E)
     if len(bias) < 10 or not np.isfinite(bias).all():
         return ""
+    bias = balance_stats.against_the_median(bias)
     net = bias[-1] - bias[0]  # (L, E)
     way = np.abs(np.diff(bias, axis=0)).sum(axis=0)
     climbing = (np.abs(net) > 0.9 * way) & (way > 0)
@@ -180,7 +207,7 @@ def _entropy(history: History, layers: Sequence[str]) -> str:
 
 def _ranks(history: History, layers: Sequence[str]) -> str:
     ep_size = int(history.last.get("ep_size") or 1)
-    recent = history.loads[-_window(history.loads) :].sum(axis=0)  # (L, E)
+    recent = history.recent_loads.sum(axis=0)  # (L, E)
     if ep_size < 2 or not recent.sum():
         return ""
     loads = balance_stats.rank_loads(recent, ep_size, history.placement)  # (L, G)
@@ -222,18 +249,14 @@ def _pairs(pairs: tuple[int, list[str], np.ndarray] | None) -> str:
 
 def _recent_means(history: History, key: str) -> np.ndarray:
     """The last steps' mean of each layer, (L,); NaN where it was not measured."""
-    recent = history.layers[key][-_window(history.layers[key]) :]
+    recent = history.recent_layers[key]
     known = np.isfinite(recent)
     return np.divide(np.where(known, recent, 0.0).sum(axis=0), known.sum(axis=0),
                      out=np.full(recent.shape[1], np.nan), where=known.any(axis=0))  # fmt: skip
 
 
-def _window(drawn: np.ndarray) -> int:
-    return min(20, -(-len(drawn) // 10))
-
-
 def _last(recent: np.ndarray) -> str:
-    return "last drawn step" if len(recent) == 1 else f"last {len(recent)} drawn steps"
+    return "last step" if len(recent) == 1 else f"last {len(recent)} steps"
 
 
 def _listed(names: Sequence[str], between: str = ", ") -> str:

@@ -2,16 +2,20 @@
 
 import json
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from launch.balance_stats import max_vio_per_layer
 from launch.charts import PER_LAYER
 from launch.runfolder import REWIND, RunFolder
 
-MAX_DRAWN_STEPS = 480  # steps whose layers, loads and biases are drawn; more would be narrower than a pixel
+MAX_DRAWN_STEPS = 480  # steps whose loads and biases are drawn; more would be narrower than a pixel
+MAX_LAYER_STEPS = 4096  # steps whose figures of the layers are drawn as lines
+MAX_RECENT_STEPS = 20  # the last steps, each of them, for what is said of a run's end
 FIGURES = (
     "loss", "mtp_loss", "grad_norm", "tokens_per_second", "step_seconds", "data_wait_seconds", "all_to_all_seconds",
     "exposed_all_to_all_seconds", "waiting_seconds", "bytes_sent", "mfu", "memory_gib", "max_vio", "max_vio_rank",
@@ -25,9 +29,12 @@ class History:
     """A run's committed steps as columns; figures that a step lacks are NaN.
 
     steps: (n,) int64 ascending; figures: each of FIGURES as (n,) float64; last: the last record.
-    layer_steps: (N,) int64, evenly thinned; layers: each of charts.PER_LAYER as (N, L) float64; layer_floor: (N,).
-    drawn_steps: (M,) int64, evenly thinned steps whose loads are known; loads: (M, L, E) int64; bias: (M, L, E)
-    float64, NaN where there is none.
+    layer_steps: (N,) int64; layers: each of charts.PER_LAYER as (N, L) float64; layer_floor: (N,).
+    drawn_steps: (M,) int64, of the steps whose loads are known; loads: (M, L, E) int64; bias: (M, L, E) float64, NaN
+    where there is none. Of a long run N and M steps are drawn, each the least even of ``layers_from`` and
+    ``drawn_from`` consecutive ones, so that no spike is lost.
+    recent_layers, recent_floor, recent_loads: the same figures of the last W steps, every one of them: a tenth of the
+    run, at most MAX_RECENT_STEPS.
     placement: (L, E) int64 of the last step whose loads are known, None where experts lie in order.
     """
 
@@ -40,36 +47,76 @@ class History:
     drawn_steps: np.ndarray
     loads: np.ndarray
     bias: np.ndarray
+    layers_from: int
+    drawn_from: int
+    recent_layers: dict[str, np.ndarray]
+    recent_floor: np.ndarray
+    recent_loads: np.ndarray
     placement: np.ndarray | None
 
 
 class Thinned:
-    """Every n-th of the steps it is given, n growing so that at most MAX_DRAWN_STEPS are held."""
+    """Of every ``stride`` consecutive steps the one with the largest weight, ``stride`` growing so that at most
+    ``most`` are held; and the last MAX_RECENT_STEPS steps, each of them.
 
-    def __init__(self) -> None:
-        self.kept: list[tuple[int, tuple[np.ndarray, ...]]] = []
-        self._seen, self._stride = 0, 1
+    Every n-th step instead would show spikes that come at another rhythm never, and those of its own always.
+    """
 
-    def add(self, step: int, *arrays: np.ndarray) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.stride = 1
+        self.recent: deque[tuple[np.ndarray, ...]] = deque(maxlen=MAX_RECENT_STEPS)
+        self._kept: list[_Kept] = []
+        self._n_added = 0
+
+    def add(self, step: int, weight: float, *arrays: np.ndarray) -> None:
         """Takes one step's arrays; those of a step with other shapes than the last are left out at the end."""
-        if self._seen % self._stride == 0:
-            self.kept.append((step, arrays))
-        self._seen += 1
-        if len(self.kept) > MAX_DRAWN_STEPS:
-            self.kept, self._stride = self.kept[::2], self._stride * 2
+        self._n_added += 1
+        self.recent.append(arrays)
+        one = _Kept(step, -math.inf if math.isnan(weight) else weight, 1, arrays)
+        if self._kept and self._kept[-1].n_steps < self.stride:
+            self._kept[-1] = self._kept[-1].merged(one)
+        else:
+            self._kept.append(one)
+        if len(self._kept) > self.most:
+            pairs = zip(self._kept[::2], [*self._kept[1::2], None], strict=False)
+            self._kept = [first if second is None else first.merged(second) for first, second in pairs]
+            self.stride *= 2
 
     def columns(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """The kept steps, and each of the ``number`` arrays stacked over them."""
-        kept = [one for one in self.kept if one[1][0].shape == self.kept[-1][1][0].shape]
-        stacks = [np.array([arrays[i] for _, arrays in kept]) for i in range(number)]
-        return np.array([step for step, _ in kept], dtype=np.int64), stacks
+        kept = [one for one in self._kept if one.arrays[0].shape == self._kept[-1].arrays[0].shape]
+        stacks = [np.array([one.arrays[i] for one in kept]) for i in range(number)]
+        return np.array([one.step for one in kept], dtype=np.int64), stacks
+
+    def recent_columns(self, number: int) -> list[np.ndarray]:
+        """Each of the ``number`` arrays stacked over the last tenth of the steps, at most MAX_RECENT_STEPS."""
+        window = min(MAX_RECENT_STEPS, -(-self._n_added // 10))
+        recent = [arrays for arrays in list(self.recent)[len(self.recent) - window :]
+                  if arrays[0].shape == self.recent[-1][0].shape]  # fmt: skip
+        return [np.array([arrays[i] for arrays in recent]) for i in range(number)]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The step with the largest weight of n_steps consecutive ones."""
+
+    step: int
+    weight: float
+    n_steps: int
+    arrays: tuple[np.ndarray, ...]
+
+    def merged(self, later: "_Kept") -> "_Kept":
+        """The step with the larger weight, the later one of two equal ones, standing for both runs of steps."""
+        larger = self if self.weight > later.weight else later
+        return replace(larger, n_steps=self.n_steps + later.n_steps)
 
 
 def read_history(run: RunFolder) -> History:
     """Reads metrics.jsonl in one pass; memory grows with the figures, not with the layers or experts."""
     steps: list[int] = []
     columns: dict[str, list[float]] = {name: [] for name in FIGURES}
-    layers, loads = Thinned(), Thinned()
+    layers, loads = Thinned(MAX_LAYER_STEPS), Thinned(MAX_DRAWN_STEPS)
     last: dict[str, Any] = {}
     placement = None
     for last in run.committed("metrics"):
@@ -79,14 +126,17 @@ def read_history(run: RunFolder) -> History:
         if last.get("max_vio_per_layer"):
             n_layers = len(last["max_vio_per_layer"])
             rows = [np.array(last.get(f"{key}_per_layer") or [math.nan] * n_layers, np.float64) for key in PER_LAYER]
-            layers.add(steps[-1], *rows, np.array(columns["max_vio_floor"][-1]))
+            worst = float(np.nan_to_num(rows[0]).max(initial=0.0))
+            layers.add(steps[-1], worst, *rows, np.array(columns["max_vio_floor"][-1]))
         if last.get("tokens_per_expert"):
             counts = np.array(last["tokens_per_expert"], dtype=np.int64)
             bias = last.get("expert_bias")
-            loads.add(steps[-1], counts, np.array(bias if bias else counts * math.nan, dtype=np.float64))
+            least_even = float(np.nan_to_num(max_vio_per_layer(counts)).max(initial=0.0))
+            loads.add(steps[-1], least_even, counts, np.array(bias if bias else counts * math.nan, dtype=np.float64))
             placement = np.array(last["placement"], dtype=np.int64) if last.get("placement") else None
     layer_steps, layer_columns = layers.columns(len(PER_LAYER) + 1)
     drawn_steps, drawn = loads.columns(2)
+    recent = layers.recent_columns(len(PER_LAYER) + 1)
     return History(
         np.array(steps, dtype=np.int64),
         {name: np.array(column, dtype=np.float64) for name, column in columns.items()},
@@ -97,6 +147,11 @@ def read_history(run: RunFolder) -> History:
         drawn_steps,
         drawn[0].astype(np.int64),
         drawn[1],
+        layers.stride,
+        loads.stride,
+        dict(zip(PER_LAYER, recent[:-1], strict=True)),
+        recent[-1],
+        loads.recent_columns(1)[0].astype(np.int64),
         placement,
     )
 

@@ -10,7 +10,7 @@ from launch.history import History, Spell, waiting_name
 from launch.plots import ALARM, Marks
 
 MAX_MARKS = 12  # events that the plots show beside the alarms
-MARKED = ("restart", "resume", "rewind", "fault", "skip", "placement")
+MARKED = ("fault", "restart", "rewind", "resume", "skip", "placement")  # the most telling first
 
 Shown = list[tuple[str, str, str]]  # heading, file, what it shows
 
@@ -45,11 +45,12 @@ def draw(
 
 def marks_of(steps: np.ndarray, events: Sequence[Mapping[str, Any]], spells: Sequence[Spell]) -> Marks:
     """(step, what happened) of the last events that the plots mark, and of every step that raised an alarm."""
-    kinds_at: dict[int, dict[str, None]] = {}  # the kinds of each step, without repetition, in the order of writing
+    kinds_at: dict[int, set[str]] = {}
     for event in events:
         if event["kind"] in MARKED and steps[0] <= event.get("step", -1) <= steps[-1]:
-            kinds_at.setdefault(event["step"], {})[event["kind"]] = None
-    marks = [(step, ", ".join(names)) for step, names in list(kinds_at.items())[-MAX_MARKS:]]
+            kinds_at.setdefault(event["step"], set()).add(event["kind"])
+    # One word a step: a fault is followed by a restart, a rewind and a resume at the same one.
+    marks = [(step, min(kinds, key=MARKED.index)) for step, kinds in list(kinds_at.items())[-MAX_MARKS:]]
     alarms = {spell.raised for spell in spells if steps[0] <= spell.raised <= steps[-1]}
     return sorted(marks) + [(step, ALARM) for step in sorted(alarms)]
 
@@ -82,16 +83,29 @@ def _of_balance(folder: Path, history: History, spells: Sequence[Spell], layers:
                  for spell in spells if spell.alarm == "max_vio" and spell.layer in rows]  # fmt: skip
         layered = (history.layer_steps, history.layers["max_vio"], history.layer_floor, layers)
         plots.save_balance_of_layers(folder / "max_vio_layers.png", *layered, spans)
-        shown.append(("Balance of each layer", "max_vio_layers.png", "The same figure layer by layer."))
+        shown.append(
+            (
+                "Balance of each layer",
+                "max_vio_layers.png",
+                "The same figure layer by layer." + _drawn(history.layers_from),
+            )
+        )
     if len(history.loads):
         plots.save_load_heat_maps(folder / "loads.png", history.drawn_steps, history.loads, layers)
-        shown.append(("Loads", "loads.png", f"{len(history.drawn_steps)} steps are drawn."))
+        shown.append(
+            ("Loads", "loads.png", f"{len(history.drawn_steps)} steps are drawn." + _drawn(history.drawn_from))
+        )
     if len(history.layer_steps) and (history.layers["dead_experts"] > 0).any():
         plots.save_dead(folder / "dead.png", history.layer_steps, history.layers["dead_experts"], layers, marks)
-        shown.append(("Dead experts", "dead.png", "How many experts of each layer got no token in a step."))
+        caption = "How many experts of each layer got no token in a step." + _drawn(history.layers_from)
+        shown.append(("Dead experts", "dead.png", caption))
     if len(history.loads) and np.isfinite(history.bias[-1]).all():
         plots.save_bias(folder / "bias.png", history.drawn_steps, history.bias, layers)
-        shown.append(("Bias", "bias.png", "A bias that keeps climbing belongs to an expert that few tokens want."))
+        shown.append((
+            "Bias", "bias.png",
+            "Drawn against the layer's median expert, since only differences change a choice. One that keeps climbing "
+            "belongs to an expert that few tokens want." + _common_drift(history),
+        ))  # fmt: skip
     waiting = 100.0 * np.divide(figure["waiting_seconds"], figure["step_seconds"], where=figure["step_seconds"] > 0,
                                 out=np.full(len(steps), np.nan))  # fmt: skip
     if max(np.nanmax(one, initial=0.0) for one in (figure["max_vio_rank"], waiting)) > 0:  # else a single rank
@@ -158,11 +172,26 @@ def _of_speed(folder: Path, history: History, marks: Marks) -> Shown:
     if _known(history, "step_seconds"):
         waits = {"waiting for data": figure["data_wait_seconds"], "all-to-all": figure[waiting_name(figure)]}
         plots.save_time_shares(folder / "time.png", steps, figure["step_seconds"], waits, marks)
-        shown.append(("Where the time goes", "time.png", "Shares of each step's time on rank 0."))
+        shown.append(("Waiting inside the steps", "time.png", "Shares of each step's time on rank 0."))
     if _known(history, "memory_gib"):
         plots.save_memory(folder / "memory.png", steps, figure["memory_gib"], marks)
         shown.append(("Memory", "memory.png", "The largest so far on rank 0; a line that keeps climbing is a leak."))
     return shown
+
+
+def _drawn(of_steps: int) -> str:
+    """What the pictures of layers leave out, where they do."""
+    return f" Of each {of_steps} steps the least even is drawn." if of_steps > 1 else ""
+
+
+def _common_drift(history: History) -> str:
+    """How far the median bias went, where it is worth a sentence."""
+    medians = np.median(history.bias[-1], axis=1)  # (L,)
+    far = float(medians[np.abs(medians).argmax()])
+    spread = float((history.bias[-1].max(axis=1) - history.bias[-1].min(axis=1)).max())
+    if abs(far) <= 0.1 * spread:
+        return ""
+    return f" All experts together moved by up to {far:+.3f}, which changes nothing."
 
 
 def _known(history: History, name: str) -> bool:

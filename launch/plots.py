@@ -171,10 +171,10 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def whole_numbers(axis: Any) -> None:
-    """Ticks at whole numbers alone: steps and experts."""
+    """Ticks at round whole numbers alone: steps and experts."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
 def marker(steps: np.ndarray) -> str | None:

@@ -58,7 +58,7 @@ def write_report(run_dir: str | Path) -> Path:
         layers = balance_stats.layer_names(config, history.loads.shape[1]) if len(history.loads) else []
         parts += [_opening(summary), "", *_figures_table(summary), ""]
         pairs = read_pairs(run, summary["last_step"])
-        found = findings(history, spells, pairs, summary, layers)
+        found = findings(history, spells, pairs, summary, layers, lane_period(config))
         if found:
             parts += ["## Balance in words", "", *(f"- {sentence}" for sentence in found), ""]
         parts += ["## Alarms", "", *alarm_table(spells), ""] if spells else []
@@ -120,8 +120,7 @@ def _figures_table(s: Mapping[str, Any]) -> list[str]:
 def _advice(s: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[str]:
     """One row for each thing that goes wrong, marked where this run shows it."""
     floor, vio = s["max_vio_floor"], s["max_vio_last"]
-    faults = sum(event["kind"] in ("fault", "restart", "rewind") for event in events)
-    skips = sum(event["kind"] == "skip" for event in events)
+    troubles = _troubles(events)
     rows = [
         (vio is not None and floor is not None and vio > 2 * floor,
          "max_vio stays far above the floor",
@@ -152,13 +151,25 @@ def _advice(s: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[s
         (s["loss_last"] is None or (s["steps"] > 1 and s["loss_last"] >= (s["loss_first"] or math.inf)),
          "the loss does not fall or is not a number",
          "Lower `optimizer.lr`, lengthen `optimizer.warmup_steps`; look for jumps in `grad_norm` in metrics.jsonl."),
-        (faults + skips > 0,
+        (bool(troubles),
          "faults, restarts, roll-backs or skipped steps",
-         f"This run has {faults}, and {skips} skipped steps. Their causes stand under Events, what the ranks printed "
-         "in `logs/`."),
+         f"This run has {troubles or 'none'}. Their causes stand under Events, what the ranks printed in `logs/`."),
     ]  # fmt: skip
     table = ["| here | sign | what to do |", "|---|---|---|"]
     return table + [f"| {'**yes**' if seen else 'no'} | {sign} | {advice} |" for seen, sign, advice in rows]
+
+
+def _troubles(events: Sequence[Mapping[str, Any]]) -> str:
+    """How many of each kind: "1 restart, 2 skipped steps"; empty without any."""
+    named = (("fault", "fault"), ("restart", "restart"), ("rewind", "roll-back"), ("skip", "skipped step"))
+    counts = [(sum(event["kind"] == kind for event in events), name) for kind, name in named]
+    return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for count, name in counts if count)
+
+
+def lane_period(config: Mapping[str, Any]) -> int | None:
+    """Steps after which the same lanes of the data are read again; None where that is no whole number of steps."""
+    lanes, batch = config.get("data", {}).get("lanes"), config.get("train", {}).get("global_batch_size")
+    return lanes // batch if lanes and batch and lanes % batch == 0 else None
 
 
 def _config_table(config: Mapping[str, Any]) -> list[str]:

@@ -69,9 +69,9 @@ def test_dead_experts_are_named_by_layer(tmp_path: Path) -> None:
     for step in range(1, 31):
         log(telemetry, step, [EVEN, ALL_DEAD_BUT_TWO])
     text = said(telemetry.run)
-    assert "**6 experts got no token in the last 3 drawn steps**: layer 2: 2, 3, 4, 5, 6, 7." in text
+    assert "**6 experts got no token in the last 3 steps**: layer 2: 2, 3, 4, 5, 6, 7." in text
     floor = np.sqrt(2 * np.log(8) * 8 / 512)
-    assert f"The least even is layer 2: max_vio 3.00 in the last 3 drawn steps, {3 / floor:.1f} times" in text
+    assert f"The least even is layer 2: max_vio 3.00 in the last 3 steps, {3 / floor:.1f} times" in text
     assert "rank 0 received 2.00 times its share of layer 2" in text and "balance.placement" in text
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.history import MAX_DRAWN_STEPS, read_history
+from launch.findings import findings
+from launch.history import MAX_DRAWN_STEPS, alarm_spells, read_history, summarize_history
 from launch.plots import running_mean
-from launch.report import summarize, write_report
+from launch.report import lane_period, summarize, write_report
 from launch.runfolder import RunFolder
 from launch.step_record import StepRecord
 from launch.telemetry import Telemetry
@@ -169,3 +170,37 @@ def test_the_running_mean_leaves_out_what_is_not_a_number() -> None:
     values = np.array([1.0, math.nan, 3.0, 5.0])
     assert running_mean(values, 3).tolist() == [1.0, 2.0, 4.0, 4.0]
     assert running_mean(values, 1).tolist()[0] == 1.0 and math.isnan(running_mean(values, 1)[1])
+
+
+def test_no_spike_is_thinned_away(tmp_path: Path) -> None:
+    """Spikes at every 24th step, all of them even, as a lane's document makes them: each is drawn, and said."""
+    run = RunFolder(tmp_path / "run")
+    run.create(CONFIG_TOML + "[data]\nlanes = 192\n[train]\nglobal_batch_size = 8\n")
+    spikes = list(range(20, 2001, 24))
+    for step in range(1, 2001):
+        loads = [[30, 10]] if step in spikes else [[21, 19]]
+        run.metrics.append({"step": step, "loss": 1.0, "max_vio": loads[0][0] / 20 - 1, "max_vio_per_layer": [0.05],
+                            "tokens_per_expert": loads, "expert_bias": [[0.5, 0.25]]})  # fmt: skip
+    history = read_history(run)
+    assert history.drawn_from == 8 and len(history.drawn_steps) <= MAX_DRAWN_STEPS
+    drawn = history.drawn_steps[(history.loads[:, 0, 0] == 30)].tolist()
+    assert drawn == spikes
+    assert len(history.layer_steps) == 2000 and history.layers_from == 1
+    assert history.recent_loads[:, 0, 0].tolist() == [30 if step in spikes else 21 for step in range(1981, 2001)]
+    pairs, spells = None, alarm_spells([])
+    for period, reason in ((24, True), (25, False)):
+        text = " ".join(findings(history, spells, pairs, summarize_history(history), ["layer 1"], period))
+        assert "max_vio rises to 0.50 every 24 steps, over a median of 0.05" in text
+        assert ("`data.lanes`" in text) == reason
+    assert lane_period({"data": {"lanes": 192}, "train": {"global_batch_size": 8}}) == 24
+    assert lane_period({"data": {"lanes": 192}, "train": {"global_batch_size": 9}}) is None
+
+
+def test_troubles_are_counted_by_their_kinds(tmp_path: Path) -> None:
+    telemetry = make_run(tmp_path / "run", 5)
+    telemetry.event("restart", cause="rank 1 was killed", step=3)
+    telemetry.event("skip", cause="a spike", step=4)
+    telemetry.event("skip", cause="a spike", step=5)
+    telemetry.close()
+    text = write_report(tmp_path / "run").read_text()
+    assert "This run has 1 restart, 2 skipped steps. Their causes" in text
