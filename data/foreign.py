@@ -1,17 +1,15 @@
-"""Plain tar files without an index, read through `webdataset` in the order in which they lie. NOT resumable.
+"""Plain tar files without an index, read in the order in which they lie. NOT resumable.
 
-For WebDatasets that somebody else wrote, to look at them or to train on them once: there is no plan, no checksum, no
-audit and no exactly-once; a truncated tar ends early without an error, and a restart begins at the first sample again.
-Pack the data (`trimtab data pack`) to have all that.
+For WebDatasets that somebody else wrote, to look at them or to train on them once: there is no plan, no checksum of a
+document, no audit and no exactly-once, and a restart begins at the first document again. Pack the data
+(`trimtab data pack`) to have all that. What counts as a document is said in `data.plain_tars`.
 """
 
 from __future__ import annotations
 
-import glob
-import json
 import time
+from collections import Counter
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from data.batches import Batches
 from data.config import DataConfig
 from data.errors import DataError
 from data.ledger import format_hash, hash_sequences, ledger_line
-from data.members import check_members
+from data.plain_tars import documents, plain_tars, shown, survey
 from data.stream import MicroBatch, check_sizes
 from data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -34,9 +32,9 @@ NOT_RESUMABLE = (
 class ForeignStream:
     """Reads one rank's part of endlessly repeated tar files; `read` wants one step after the other, from any first one.
 
-    Every rank goes through all samples and keeps every dp_size-th, so all ranks have the same, endless number of steps.
-    A sample's text is its member `txt`, or the field "text" of its member `json`; others are counted and left out.
-    Nothing is unpickled and no command is run.
+    Every rank goes through all documents and keeps every dp_size-th, so all ranks have the same, endless number of
+    steps. The headers of all files are read before the first step. What is no document, or has no text, is counted and
+    left out; each kind by its number, see `news`.
 
     Args:
         config: the `data` section, mode "stream"; path is a folder, a file or a pattern of tar files.
@@ -44,7 +42,8 @@ class ForeignStream:
 
     Attributes:
         wait_seconds, total_wait_seconds: as in Stream; quarantined, n_quarantined: always empty and 0;
-        n_left_out: samples without text.
+        n_documents: documents of the first pass so far, all ranks; n_left_out: members of the first pass so far that
+            gave none, those that are never read included.
     """
 
     def __init__(
@@ -59,11 +58,10 @@ class ForeignStream:
         if problems:
             raise DataError("; ".join(problems))
         self.tokenizer = foreign_tokenizer(config)
-        self._files = foreign_files(config.path)
+        self._files = plain_tars(config.path)[0]
         self._seq_len, self._dp_rank, self._dp_size = config.seq_len, dp_rank, dp_size
         self._micro_batch_size = micro_batch_size
         self._batches = Batches.constant(global_batch_size)
-        self._checked: set[str] = set()
         self._texts = self._read_texts()
         self._tokens = np.array([self.tokenizer.eod_id], np.int64)
         self._next_step: int | None = None
@@ -72,7 +70,11 @@ class ForeignStream:
         self.total_wait_seconds = 0.0
         self.quarantined: dict[int, str] = {}
         self.n_quarantined = 0
+        self.n_documents = 0
         self.n_left_out = 0
+        self._reasons: Counter[str] = Counter()
+        self._read_files = 0
+        self._passed = self._told = False
 
     def read(self, step: int) -> list[MicroBatch]:
         """The next micro-batches of this rank; sequence ids only number them.
@@ -114,6 +116,10 @@ class ForeignStream:
         """What a checkpoint keeps: the mode and the step, not a place in the data."""
         return {"mode": "stream", "next_step": next_step}
 
+    def figures(self) -> dict[str, Any]:
+        """What metrics.jsonl records of the first pass so far."""
+        return {"documents": self.n_documents, "members_left_out": self.n_left_out}
+
     def check_cursor(self, cursor: dict[str, Any]) -> int:
         """Always refuses.
 
@@ -125,6 +131,26 @@ class ForeignStream:
     def check_damage(self, total: int) -> int:
         """Always 0: nothing is checked."""
         return total
+
+    def news(self, last: bool = False) -> dict[str, Any] | None:
+        """What the first pass over the files used and left out, once, when it is over or the run is; else None.
+
+        Args:
+            last: nothing more is read, so that a pass that is not over is told too.
+        """
+        if self._told or not (self._passed or last):
+            return None
+        self._told = True
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())
+        how_far = f"the first pass over {len(self._files)} tar files is complete"
+        if not self._passed:
+            how_far = f"the run ends in the first pass, {self._read_files} of {len(self._files)} tar files are read"
+        return {
+            "cause": f"{how_far}: {self.n_documents} documents; left out: {reasons or 'nothing'}",
+            "documents": self.n_documents,
+            "left_out": self.n_left_out,
+            "left_out_by_reason": dict(self._reasons),
+        }
 
     def close(self) -> None:
         """Closes the open tar file."""
@@ -151,42 +177,29 @@ class ForeignStream:
 
     def _read_texts(self) -> Generator[str, None, None]:
         """Yields this rank's texts, round and round."""
-        try:
-            import webdataset
-        except ImportError as error:
-            raise DataError('data.mode = "stream" needs the package webdataset; pip install webdataset') from error
+        contents = survey(self._files)
         number = 0
         while True:
-            before = number
             for file in self._files:
-                if file not in self._checked:
-                    check_members(file)
-                    self._checked.add(file)
-                for sample in webdataset.WebDataset([file], shardshuffle=False, nodesplitter=lambda urls: urls):
-                    text = _text_of(sample)
-                    if text is None:
-                        self.n_left_out += 1
+                for suffix, count in contents[file].others.items():
+                    self._left_out(f"members {shown(suffix)}", count)
+                for document in documents(file, contents[file]):
+                    if document.text is None:
+                        self._left_out(document.left_out, 1)
                         continue
                     number += 1
+                    self.n_documents += not self._passed
                     if number % self._dp_size == self._dp_rank:
-                        yield text
-            if number == before:
-                raise DataError(f"{self._files[0]} and on: no sample has a member txt, or json with a field text")
+                        yield document.text
+                self._read_files += not self._passed
+            if not number:
+                raise DataError(f"{self._files[0]} and on: no file holds a text any more; they changed since the start")
+            self._passed = True
 
-
-def foreign_files(path: str) -> list[str]:
-    """The tar files that data.path means in mode "stream", sorted: a folder's *.tar, a file, or a pattern.
-
-    Raises:
-        DataError: there are none.
-    """
-    pattern = str(Path(path) / "*.tar") if Path(path).is_dir() else path
-    files = sorted(name for name in glob.glob(pattern) if Path(name).is_file())
-    if not files:
-        raise DataError(
-            f'data.path = {path}: no tar file there; data.mode = "stream" wants a folder or pattern of them'
-        )
-    return files
+    def _left_out(self, reason: str, count: int) -> None:
+        if not self._passed:
+            self.n_left_out += count
+            self._reasons[reason] += count
 
 
 def foreign_tokenizer(config: DataConfig) -> Tokenizer:
@@ -196,13 +209,3 @@ def foreign_tokenizer(config: DataConfig) -> Tokenizer:
         DataError: the file is not a tokenizer.
     """
     return ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
-
-
-def _text_of(sample: dict[str, Any]) -> str | None:
-    try:
-        if "txt" in sample:
-            return sample["txt"].decode("utf-8")
-        text = json.loads(sample["json"])["text"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return text if isinstance(text, str) else None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import tarfile
-
-from data.errors import DataError
-
 REGULAR = frozenset((b"0", b"\0", b"7"))  # a header's type, also of old and of contiguous files
 KINDS = {b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"5": "folder", b"6": "pipe"}
+KINDS |= {b"S": "sparse file", b"M": "part of a file that goes on in another archive"}
 
 
 def leads_out(name: str) -> bool:
@@ -27,21 +24,3 @@ def member_problem(name: str, kind: bytes) -> str:
     if leads_out(name):
         return f"holds a member whose name leads out of the folder, {name!r}; never extract it"
     return ""
-
-
-def check_members(path: str) -> None:
-    """Reads a tar file's headers, those that extend names included, and refuses it where a member is not harmless.
-
-    Reading a link or a device gives nothing and harms nobody here; whoever made such a file meant it for a program that
-    unpacks, and so nothing of it is believed. Damage is left to the reader of the samples.
-
-    Raises:
-        DataError: names the file and the member.
-    """
-    try:
-        with tarfile.open(path, "r:*") as tar:
-            for member in tar:
-                if problem := member_problem(member.name, member.type):
-                    raise DataError(f"{path}: {problem}; take it out of data.path, or pack the data it came from")
-    except (tarfile.TarError, EOFError, OSError):
-        return

@@ -1,6 +1,7 @@
 """Where a rank's batches come from: the resumable stream over packed data, or plain tar files (data.mode "stream")."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from data.dataset import Dataset
 from data.foreign import ForeignStream
@@ -22,6 +23,14 @@ class Feed:
     def fingerprint(self) -> str:
         """What a checkpoint records of the data."""
         return self.dataset.fingerprint if self.dataset else NO_FINGERPRINT
+
+    def news(self, last: bool = False) -> dict[str, Any] | None:
+        """What plain tar files held, once, see `ForeignStream.news`; None for packed data."""
+        return self.stream.news(last) if isinstance(self.stream, ForeignStream) else None
+
+    def figures(self) -> dict[str, Any]:
+        """What a step's record says of plain tar files."""
+        return self.stream.figures() if isinstance(self.stream, ForeignStream) else {}
 
     def close(self) -> None:
         """Ends background reading and closes files."""

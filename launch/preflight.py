@@ -1,6 +1,5 @@
 """Everything that can be checked before a process group, Ray or even torch is started; all problems in one message."""
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -178,22 +177,27 @@ def _checkpoint_dir(text: str) -> str:
 
 def _check_foreign(config: Config, problems: list[str]) -> list[str]:
     """Appends what is wrong with plain tar files; returns notes, the first of which says what they cannot do."""
-    from data.foreign import NOT_RESUMABLE, foreign_files, foreign_tokenizer
+    from data.foreign import NOT_RESUMABLE, foreign_tokenizer
+    from data.plain_tars import named, plain_tars, survey, total
 
     try:
-        files = foreign_files(config.data.path)
         vocab_size = foreign_tokenizer(config.data).vocab_size
+        files, others = plain_tars(config.data.path)
+        contents = total(survey(files).values())
     except DataError as error:
         problems.append(str(error))
         return []
-    if importlib.util.find_spec("webdataset") is None:
-        problems.append('data.mode = "stream" needs the package webdataset; pip install webdataset')
     if vocab_size > config.model.vocab_size:
         problems.append(
             f"model.vocab_size = {config.model.vocab_size} is smaller than the {vocab_size} tokens of data.tokenizer = "
             f"{config.data.tokenizer}; use model.vocab_size={vocab_size} or more"
         )
-    return [f"data: {len(files)} tar files, NOT RESUMABLE: {NOT_RESUMABLE}"]
+    notes = [f"data: {len(files)} tar files, NOT RESUMABLE: {NOT_RESUMABLE}", f"data: documents are {contents}"]
+    if contents.empty:
+        notes.append(f"data: {len(contents.empty)} tar files hold no member at all: {named(contents.empty)}")
+    if others:
+        notes.append(f"data: {len(others)} other entries of {config.data.path} are not read: {named(others)}")
+    return notes
 
 
 def _check_run(

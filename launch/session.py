@@ -265,6 +265,11 @@ class Session:
             ranges = tuple((int(start), int(stop)) for start, stop in cursor["skip_ranges"])
             self.stream.use(Batches(self.stream.batches.phases, ranges))
 
+    def tell_data(self, step: int, last: bool = False) -> None:
+        """Writes what plain tar files held and what was left out, once: behind the first pass, or at the run's end."""
+        if news := self.feed.news(last):
+            self.telemetry.event("data", step=step, **news)
+
     def close(self) -> None:
         """Ends background work and closes files."""
         self.saves.close()

@@ -83,8 +83,12 @@ def train(session: Session, first_step: int) -> dict:
         session.tokens += agreed.targets[0]
         if ranks.dp.rank == 0:
             session.run.ledger.append({**session.stream.ledger_line(step, agreed.consumed), "step": step + 1})
-        extra = {"skipped": not verdict.keep, **session.speed.judge(step + 1, sums.own_seconds, counts)}
+        extra = {
+            "skipped": not verdict.keep, **session.speed.judge(step + 1, sums.own_seconds, counts),
+            **session.feed.figures(),
+        }  # fmt: skip
         session.telemetry.log_step(meter.record(step, sums, agreed.targets, lr, bias_rate, counts, extra))
+        session.tell_data(step + 1)
         if verdict.then != "go on":
             session.saves.settle()
             ranks.dp.barrier()  # the first rank to fail ends all others: rank 0 must have written why by then

@@ -123,6 +123,7 @@ def _train(
         if prepare is not None:
             prepare(session)
         result = train(session, first_step)
+        session.tell_data(result["step"], last=True)
         saving = round(session.saves.take_held(), 3)
         session.telemetry.event("stop", cause=result["status"], step=result["step"], seconds_saving=saving)
         return result

@@ -12,8 +12,9 @@ import torch
 
 from data.config import DataConfig
 from data.errors import DataError
-from data.foreign import ForeignStream, foreign_files
+from data.foreign import ForeignStream
 from data.ledger import add_hashes, format_hash
+from data.plain_tars import plain_tars
 
 TEXTS = [f"document {number} " + "x" * number for number in range(40)]
 
@@ -45,7 +46,10 @@ def test_reads_the_texts_in_order_round_and_round(folder: Path) -> None:
     with ForeignStream(config(folder), 0, 1, 4, 2) as stream:
         n_steps = 2 * len("".join(TEXTS)) // 80
         rows = [micro for step in range(n_steps) for micro in stream.read(step)]
-        assert stream.n_left_out >= 40
+        assert (stream.n_documents, stream.n_left_out) == (40, 40)
+        news = stream.news()
+        assert news and news["left_out_by_reason"] == {"members .png": 40} and "40 documents" in news["cause"]
+        assert stream.news() is None and stream.news(last=True) is None  # it is told once
     tokens = torch.cat([micro.tokens.flatten() for micro in rows]).tolist()
     targets = torch.cat([micro.targets.flatten() for micro in rows]).tolist()
     assert tokens == expected[: len(tokens)] and targets == expected[1 : len(targets) + 1]
@@ -81,8 +85,8 @@ def test_it_cannot_be_resumed_and_says_so(folder: Path) -> None:
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tar file"):
-        foreign_files(str(tmp_path / "none"))
-    assert len(foreign_files(str(folder / "foreign-[12].tar"))) == 2
+        plain_tars(str(tmp_path / "none"))
+    assert len(plain_tars(str(folder / "foreign-[12].tar"))[0]) == 2
     with pytest.raises(DataError, match="micro-batches"):
         ForeignStream(config(folder), 0, 1, 4, 3)
     with pytest.raises(DataError, match="cannot be read"):
