@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from data.mirror import Remote
 from data.storage import address_problems
@@ -41,19 +41,19 @@ class DataConfig:
 
     path: str = "datasets/python"
     mixture: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
-    curriculum: tuple[tuple[float, ...], ...] = ()
-    seq_len: int = 256
-    seed: int = 0
+    weights: Annotated[tuple[float, ...], "[0, 1e9]"] = ()
+    curriculum: Annotated[tuple[tuple[float, ...], ...], "[0, 1e12]"] = ()
+    seq_len: Annotated[int, "[1, 1e9]"] = 256
+    seed: Annotated[int, "[0, 9223372036854775808)"] = 0
     packing: Literal["split", "best_fit"] = "split"
-    lanes: int = 192
-    window_shards: int = 16
-    cache_mb: int = 256
+    lanes: Annotated[int, "[1, 1e7]"] = 192
+    window_shards: Annotated[int, "[1, 1e7]"] = 16
+    cache_mb: Annotated[int, "[1, 1e8]"] = 256
     cache_dir: str = ""
-    cache_gb: float = 16.0
-    deadline_s: float = 300.0
+    cache_gb: Annotated[float, "[0, 1e8]"] = 16.0
+    deadline_s: Annotated[float, "[0.001, 1e7]"] = 300.0
     on_damage: Literal["fail", "quarantine"] = "fail"
-    damage_budget: float = 1e-5
+    damage_budget: Annotated[float, "[0, 1]"] = 1e-5
     mode: Literal["indexed", "stream"] = "indexed"
     tokenizer: str = "bytes"
 

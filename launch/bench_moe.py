@@ -13,7 +13,7 @@ from launch.bench_moe_layers import WAYS, LayerShape
 from launch.bench_moe_rank import ROUTINGS
 from launch.bench_ranks import RankError, run_ranks
 from launch.bench_record import Spread, machine, version, write_record
-from launch.config import ConfigError
+from launch.config import ConfigError, section_problems
 
 PACKAGES = ("torch", "numpy", "deepspeed", "transformers")
 OURS = "trimtab"
@@ -56,7 +56,7 @@ def chosen_ways(only: str | None, known: Mapping[str, object]) -> list[str]:
 
 def check_shape(shape: LayerShape, ranks: Sequence[int]) -> None:
     """Raises ConfigError for a shape that cannot be spread or drawn."""
-    found = shape.model().problems()
+    found = section_problems(shape.model(), "model")
     found += [f"--ranks {n}: {shape.experts} experts cannot be dealt to so many" for n in ranks if shape.experts % n]
     if shape.hidden < shape.experts:
         found.append(f"--hidden {shape.hidden} must be at least --experts {shape.experts}: tokens are made to fit")

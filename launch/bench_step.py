@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         options.vocab,
     )  # fmt: skip
     config = shape.config("made", options.ranks, 1, options.ranks)
-    problems = config.problems() + layout_problems(config, "local", options.ranks)
+    problems = config.problems() or layout_problems(config, "local", options.ranks)
     if problems:
         raise ConfigError(problems)
     present, absent = installed(chosen_ways(options.only, WAYS), {name: way.packages for name, way in WAYS.items()})

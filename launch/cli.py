@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
 from cluster.process import about_to_end
 from cluster.redact import guard_output, restore_output
 from data.errors import DataError
-from data.weighted import resolved
-from launch.config import LAUNCHERS, ConfigError, dump, preset_names, read
+from launch.config import LAUNCHERS, ConfigError, dump, preset_names
 
 
 def program() -> int:
@@ -131,14 +129,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 def _train(options: Any) -> int:
     began = time.monotonic()
     if options.print_config:
-        problems: list[str] = []
-        config = read(options.config, options.assignments, problems)
-        config = replace(config, data=resolved(config.data))
-        problems += config.problems()
-        if problems:
-            raise ConfigError(problems)
-        print(dump(config), end="")
-        return EXIT_OK
+        return _print_config(options)
     from launch import preflight
 
     mpi_size = None
@@ -175,6 +166,22 @@ def _train(options: Any) -> int:
 
         print(json.dumps({"exit_status": status, **figures_of(plan.run)}))
     return status
+
+
+def _print_config(options: Any) -> int:
+    """Prints the configuration as the launcher will run it; refuses what `train` refuses about it.
+
+    Data that is not there and a folder that is taken are for `train` to refuse: the configuration of a large run is
+    written and read on small machines.
+    """
+    from launch.preflight import checked_config
+
+    problems: list[str] = []
+    config, _, _ = checked_config(options.config, options.assignments, options.launcher, problems, [], None)
+    if problems:
+        raise ConfigError(problems)
+    print(dump(config), end="")
+    return EXIT_OK
 
 
 def _already_done(plan: Any, say: Callable[[str], None], as_json: bool) -> int:

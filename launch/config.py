@@ -4,14 +4,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from cluster.config import ClusterConfig
 from cluster.redact import secrets_in
 from data.config import DataConfig
+from launch import bounds
 from launch.faults import FaultsConfig, rank_problems
 from launch.guard_config import GuardConfig
-from launch.schema import override, parse, to_toml
+from launch.schema import override, parse, show, to_toml
 from model.config import ModelConfig
 from parallel.config import BalanceConfig, OptimizerConfig, ParallelConfig
 from parallel.layout import divisors
@@ -28,25 +29,41 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count} with the configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        kinds = {_kind(problem) for problem in problems}
+        about = f" with {kinds.pop()}" if len(kinds) == 1 else ""
+        super().__init__(f"{count}{about}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _kind(problem: str) -> str:
+    """What a sentence is about, for the heading over it."""
+    if problem.startswith("--"):
+        return "the command's options"
+    if " is not a run: " in problem or problem.startswith("run folder"):
+        return "the run's folder"
+    if problem.startswith("CONFIG") or problem.partition(".")[0] in Config.__dataclass_fields__:
+        return "the configuration"
+    return "the configuration" if " is not a known key" in problem or "key.path=value" in problem else "the input"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The length and shape of training.
 
-    steps: optimizer steps in all. global_batch_size: sequences per optimizer step over all ranks.
-    micro_batch_size: sequences per rank and forward. seed: of the weights' start values.
+    steps: optimizer steps in all.
+    global_batch_size: sequences per optimizer step over all ranks.
+    micro_batch_size: sequences per rank and forward.
+    seed: seed of the weights' start values.
+    precision: number format of the computation; `bf16` keeps fp32 master weights beside it.
     mtp_loss_weight: weight of the mean multi-token-prediction loss (DeepSeek-V3: 0.3, later 0.1).
     finite_checks: check every tensor that crosses a layer and name the first that is not finite (slow; for debugging).
     """
 
-    steps: int = 200
-    global_batch_size: int = 16
-    micro_batch_size: int = 8
-    seed: int = 0
+    steps: Annotated[int, "[1, 1e9]"] = 200
+    global_batch_size: Annotated[int, "[1, 1e9]"] = 16
+    micro_batch_size: Annotated[int, "[1, 1e6]"] = 8
+    seed: Annotated[int, "[0, 9223372036854775808)"] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    mtp_loss_weight: float = 0.3
+    mtp_loss_weight: Annotated[float, "[0, 1000]"] = 0.3
     finite_checks: bool = False
 
     def problems(self) -> list[str]:
@@ -62,23 +79,25 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved: every `every_steps` optimizer steps and at the end.
+    """When and where the run is saved.
 
-    The newest `keep` stay (0 = all), and every multiple of keep_every_steps (0 = none besides).
-    dir: where, a folder or an address that fsspec knows (s3://bucket/runs/a), of this run alone; empty means
-    `checkpoints` in the run's folder. Credentials are not part of it: see docs/security.md.
+    every_steps: optimizer steps between two checkpoints; another is saved at the end.
+    keep: so many of the newest checkpoints stay; 0 keeps all.
+    dir: where they go, a folder or an address that fsspec knows (s3://bucket/runs/a), of this run alone; empty means
+        `checkpoints` in the run's folder. Credentials are not part of it: see docs/security.md.
+    keep_every_steps: every multiple of so many steps stays besides; 0 keeps none besides.
     asynchronous: training goes on while files are written; else it waits. The run is the same.
     max_failed_saves: a save that fails is an alarm; so many in a row stop the run.
-    timeout_s: the longest wait for a save, and for one file of an address.
+    timeout_s: the longest wait for a save, and for one file of an address, in seconds.
     """
 
-    every_steps: int = 100
-    keep: int = 2
+    every_steps: Annotated[int, "[1, 1e9]"] = 100
+    keep: Annotated[int, "[0, 1e9]"] = 2
     dir: str = ""
-    keep_every_steps: int = 0
+    keep_every_steps: Annotated[int, "[0, 1e9]"] = 0
     asynchronous: bool = True
-    max_failed_saves: int = 3
-    timeout_s: float = 1800.0
+    max_failed_saves: Annotated[int, "[1, 1e9]"] = 3
+    timeout_s: Annotated[float, "[0.001, 1e7]"] = 1800.0
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""
@@ -103,15 +122,18 @@ class CheckpointConfig:
 class TelemetryConfig:
     """What is shown and watched.
 
-    Heat maps every `heatmap_every_steps` steps; `console` is auto, plain lines, live bar or off.
-    straggler_ratio: an event when a rank needs more than so many times the own time (without waiting) of the middle
-        rank, as a median over straggler_window steps; 0 does not look.
+    heatmap_every_steps: optimizer steps between two heat maps of the experts' loads.
+    console: how progress is shown: `live` redraws a bar, `plain` writes lines, `off` shows nothing, `auto` is live on a
+        terminal and plain elsewhere.
+    straggler_ratio: an event is written when a rank needs more than so many times the own time (without waiting) of the
+        middle rank; 0 does not look.
+    straggler_window: steps over whose median that is judged.
     """
 
-    heatmap_every_steps: int = 20
+    heatmap_every_steps: Annotated[int, "[1, 1e9]"] = 20
     console: Literal["auto", "live", "plain", "off"] = "auto"
-    straggler_ratio: float = 1.5
-    straggler_window: int = 20
+    straggler_ratio: Annotated[float, "0 or (1, 1e6]"] = 1.5
+    straggler_window: Annotated[int, "[3, 100000]"] = 20
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""
@@ -149,15 +171,26 @@ class Config:
 
     def problems(self) -> list[str]:
         """Every broken rule inside the sections."""
-        sections = (
-            self.model, self.data, self.parallel, self.optimizer, self.train, self.balance, self.cluster,
-            self.checkpoint, self.guard, self.telemetry, self.faults,
-        )  # fmt: skip
-        return [problem for section in sections for problem in section.problems()]
+        found: list[str] = []
+        for name in self.__dataclass_fields__:
+            found += section_problems(getattr(self, name), name)
+        return found
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-steps per optimizer step at a world size that `layout_problems` accepts."""
         return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+
+
+def section_problems(section: Any, name: str) -> list[str]:
+    """Every broken rule of one section: its own rules, and values outside the ranges that its keys are declared with.
+
+    A section's own rules compare and divide its numbers: where one is not finite or beyond its upper limit, only the
+    ranges are checked.
+    """
+    outside = bounds.problems(section, name)
+    own = section.problems() if bounds.can_be_compared(section) else []
+    said = {problem.partition(" ")[0] for problem in own}
+    return own + [problem for key, problem in outside.items() if key not in said]
 
 
 def preset_names() -> list[str]:
@@ -185,25 +218,32 @@ def read(source: str, assignments: list[str], problems: list[str]) -> Config:
     return parse(Config, data, "", problems)
 
 
-def _tables(source: str) -> dict[str, Any]:
+def _tables(source: str, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a preset or file over those of the preset that it starts from; `inside`: files that led here."""
     path = PRESETS / f"{source}.toml"
-    if not path.is_file():
-        path = Path(source)
-    if not path.is_file():
-        raise ConfigError(
-            [f"CONFIG = {source!r} is neither a preset ({', '.join(preset_names())}) nor a file; give one of them"]
-        )
     try:
-        data = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        if source != Path(source).name or not path.is_file():
+            path = Path(source)
+        if not path.is_file():
+            raise ConfigError(
+                [f"CONFIG = {source!r} is neither a preset ({', '.join(preset_names())}) nor a file; give one of them"]
+            )
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"CONFIG = {source!r} cannot be read: {error.strerror}; give a readable file"]) from error
+    except ValueError as error:  # no TOML, no UTF-8, or an integer of thousands of digits
         raise ConfigError([f"{path} is not TOML: {error}"]) from error
     base = data.pop("preset", None)
     if base is None:
         return data
-    merged = _tables(str(base))
+    if not isinstance(base, str):
+        raise ConfigError([f"{path}: preset = {show(base)} must be the name of a preset or file"])
+    if path.resolve() in inside:
+        raise ConfigError([f"{path}: preset = {show(base)} leads back to this file; start from a preset instead"])
+    merged = _tables(base, (*inside, path.resolve()))
     for section, table in data.items():
-        if isinstance(table, dict):
-            merged.setdefault(section, {}).update(table)
+        if isinstance(table, dict) and isinstance(merged.get(section), dict):
+            merged[section] = merged[section] | table
         else:
             merged[section] = table
     return merged
@@ -246,8 +286,8 @@ def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list
             f"model.n_routed_experts = {model.n_routed_experts} cannot be split over parallel.ep_size = "
             f"{parallel.ep_size}; use an ep_size among {_some(divisors(model.n_routed_experts))}"
         )
+    key = {"debug": "parallel.virtual_ranks", "mpi": "the MPI world"}.get(launcher, "cluster.workers")
     if parallel.ep_size >= 1 and world_size % parallel.ep_size:
-        key = {"debug": "parallel.virtual_ranks", "mpi": "the MPI world"}.get(launcher, "cluster.workers")
         found.append(
             f"{key} = {world_size} ranks cannot be cut into groups of parallel.ep_size = {parallel.ep_size}; "
             f"use an ep_size among {_some(divisors(world_size))}, or a multiple of {parallel.ep_size} ranks"
@@ -262,10 +302,12 @@ def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list
         nearest = max(1, round(train.global_batch_size / per_micro_step)) * per_micro_step
         found.append(
             f"train.global_batch_size = {train.global_batch_size} is not a multiple of train.micro_batch_size = "
-            f"{train.micro_batch_size} times {world_size} ranks; use {nearest}, or a smaller micro_batch_size"
+            f"{train.micro_batch_size} times {world_size} ranks ({key}); use {nearest}, or a smaller micro_batch_size"
         )
     if data.lanes >= 1 and data.lanes % world_size:
-        found.append(f"data.lanes = {data.lanes} cannot be dealt to {world_size} ranks; use a multiple of {world_size}")
+        found.append(
+            f"data.lanes = {data.lanes} cannot be dealt to {world_size} ranks ({key}); use a multiple of {world_size}"
+        )
     found += rank_problems(config.faults.inject, world_size)
     if config.checkpoint.dir.startswith("memory://") and launcher != "debug":
         found.append(

@@ -26,6 +26,7 @@ KINDS = {
 }
 KEYS = ("rank", "step", "phase", "at", "times", "seconds")
 STEPLESS = ("start", "load")
+LARGEST = 1_000_000_000  # of a rank, a step, a count or a number of seconds
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class Fault:
 
 @dataclass(frozen=True)
 class FaultsConfig:
-    """Drills, see `docs/survival.md`: faults to have, several joined with ";"."""
+    """Drills: faults that a run is told to have.
+
+    inject: the faults, several joined with ";", as docs/survival.md describes them; empty for none.
+    """
 
     inject: str = ""
 
@@ -89,7 +93,13 @@ def _parse_one(text: str, wrong: list[str]) -> Fault:
         except ValueError:
             wrong.append(f"{key}={value} must be a number")
             continue
-        if key not in ("phase", "at") and not values[key] >= 0 and (kind, key) != ("clock", "seconds"):
+        if key in ("phase", "at"):
+            continue
+        if (kind, key) == ("clock", "seconds") and not abs(values[key]) <= LARGEST:
+            values[key] = 0.0  # refused below
+        elif not abs(values[key]) <= LARGEST:
+            wrong.append(f"{key}={value[:40]} must be a number of at most {LARGEST:,}")
+        elif values[key] < 0 and (kind, key) != ("clock", "seconds"):
             wrong.append(f"{key}={value} must not be negative")
     fault = Fault(kind, **values)
     if fault.phase not in KINDS[kind]:
@@ -100,7 +110,7 @@ def _parse_one(text: str, wrong: list[str]) -> Fault:
         wrong.append(f"phase={fault.phase} is before the first step; leave step out")
     if "seconds" in values and kind not in ("slow", "hang", "clock"):
         wrong.append(f"seconds={fault.seconds:g} is for slow, hang and clock")
-    if kind == "clock" and not (fault.seconds and abs(fault.seconds) < float("inf")):
+    if kind == "clock" and not fault.seconds:
         wrong.append("clock needs seconds=..., by which it jumps; negative is back, as in clock@step=3,seconds=-3600")
     return fault
 

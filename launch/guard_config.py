@@ -1,6 +1,7 @@
 """The `guard` section of the configuration."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,15 @@ class GuardConfig:
     check_replicas_every_steps: compare what several ranks hold, and look at the weights' growth, so often; 0 never.
     """
 
-    max_skips: int = 10
-    spike_window: int = 128
-    spike_sigmas: float = 10.0
-    max_spikes: int = 3
-    rollback_steps: int = 0
-    max_rollbacks: int = 2
-    drift_window: int = 100
-    weight_growth: float = 10.0
-    check_replicas_every_steps: int = 100
+    max_skips: Annotated[int, "[1, 1e9]"] = 10
+    spike_window: Annotated[int, "0 or [16, 1e6]"] = 128
+    spike_sigmas: Annotated[float, "[3, 1e9]"] = 10.0
+    max_spikes: Annotated[int, "[1, 1e9]"] = 3
+    rollback_steps: Annotated[int, "[0, 1e9]"] = 0
+    max_rollbacks: Annotated[int, "[1, 1e9]"] = 2
+    drift_window: Annotated[int, "[0, 1e6]"] = 100
+    weight_growth: Annotated[float, "0 or (1, 1e9]"] = 10.0
+    check_replicas_every_steps: Annotated[int, "[0, 1e9]"] = 100
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""

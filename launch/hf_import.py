@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from launch import runfolder
-from launch.config import Config, ConfigError, dump, for_debug, from_tables, layout_problems, read
+from launch.config import Config, ConfigError, dump, for_debug, from_tables, layout_problems, read, section_problems
 from launch.hf_folder import HfFolder, open_folder
 from launch.hf_state import MOMENTS, SavedState, read_state
 from launch.hf_weights import HfWeights
@@ -114,7 +114,7 @@ def _model(folder: HfFolder, problems: list[str], notes: list[str]) -> ModelConf
     model: ModelConfig = parse(ModelConfig, values, "model", problems)
     if len(problems) > before:
         return None
-    problems += model.problems()
+    problems += section_problems(model, "model")
     if len(problems) > before:
         return None
     held = prediction_layers(folder.file_of, model.num_hidden_layers)

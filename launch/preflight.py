@@ -1,6 +1,7 @@
 """Everything that can be checked before a process group, Ray or even torch is started; all problems in one message."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from data.dataset import Description, describe
 from data.errors import DataError
 from data.pack import builtin_at, pack_builtin
 from data.weighted import resolved
-from launch import runfolder
+from launch import bounds, runfolder
 from launch.config import (
     Config,
     ConfigError,
@@ -20,6 +21,7 @@ from launch.config import (
     secret_problems,
     world_size_for,
 )
+from launch.devices import device_problems
 from launch.resume import refused_changes, saved_config
 from parallel.remote import is_remote
 
@@ -73,32 +75,17 @@ def check(
         ConfigError: with every problem found.
     """
     problems: list[str] = []
-    config = read(source, assignments, problems)
-    try:
-        config = replace(config, data=resolved(config.data))
-        unreadable = ""
-    except DataError as error:  # said once; the configuration is still checked
-        unreadable = str(error)
-        problems.append(unreadable)
-    problems += config.problems()
     notes: list[str] = []
-    if launcher == "debug":
-        adapted = for_debug(config)
-        if adapted is not config:
-            notes.append("debug: one process holds all experts (parallel.virtual_ranks would spread them)")
-        config = adapted
-    world_size = world_size_for(config, launcher, mpi_size)
-    if launcher == "mpi":
-        config = replace(config, cluster=replace(config.cluster, workers=world_size))
+    config, world_size, unreadable = checked_config(source, assignments, launcher, problems, notes, mpi_size)
     mixture = tuple(_absolute(path) for path in config.data.mixture)
     config = replace(config, data=replace(config.data, path=_absolute(config.data.path), mixture=mixture))
     if config.checkpoint.dir:
         config = replace(config, checkpoint=replace(config.checkpoint, dir=_checkpoint_dir(config.checkpoint.dir)))
-    problems += layout_problems(config, launcher, world_size)
-    problems += secret_problems(asdict(config))
     if local_cluster:
         problems += local_capacity_problems(config)
-    builtin, data = _check_data(config, problems, notes) if not unreadable else ("", None)
+    if launcher in ("debug", "local"):
+        problems += device_problems(config)
+    builtin, data = ("", None) if unreadable else _check_data(config, problems, notes)
     if data is not None:
         notes.append(_reusing(data))
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
@@ -107,6 +94,51 @@ def check(
         raise ConfigError(list(dict.fromkeys(problems)))
     keys = tuple(accepted or ())
     return Plan(config, folder, launcher, world_size, resume, keys, builtin, done, tuple(notes), insecure)
+
+
+def checked_config(
+    source: str, assignments: list[str], launcher: Launcher, problems: list[str], notes: list[str], mpi_size: int | None
+) -> tuple[Config, int, bool]:
+    """Reads a configuration and checks it as a whole, without looking at folders, devices or what the data holds.
+
+    A key that is refused keeps a legal value in what comes back, and rules that would be broken only for that are not
+    said.
+
+    Args:
+        problems, notes: what is wrong and what was adapted is appended here.
+
+    Returns:
+        The configuration as the launcher will run it, its number of ranks, and whether data.path names a folder of
+        weighted sources that cannot be read.
+    """
+    found: list[str] = []
+    config, unreadable = read(source, assignments, found), False
+    try:
+        if bounds.can_be_compared(config.data):
+            config = replace(config, data=resolved(config.data))
+    except DataError as error:  # said once; the configuration is still checked
+        unreadable = True
+        found.append(str(error))
+    found += without(config.problems(), found)
+    config = bounds.mended(config)
+    if launcher == "debug":
+        adapted = for_debug(config)
+        if adapted is not config:
+            notes.append("debug: one process holds all experts (parallel.virtual_ranks would spread them)")
+        config = adapted
+    world_size = world_size_for(config, launcher, mpi_size)
+    if launcher == "mpi":
+        config = replace(config, cluster=replace(config.cluster, workers=world_size))
+    found += without(layout_problems(config, launcher, world_size), found)
+    found += secret_problems(asdict(config))
+    problems += found
+    return config, world_size, unreadable
+
+
+def without(sentences: list[str], said: list[str]) -> list[str]:
+    """Those sentences that do not name a key which was refused before: its value there is not the user's."""
+    refused = {match[1] for text in said if (match := re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+) = ", text))}
+    return [text for text in sentences if not any(re.search(rf"(?<![.\w]){key}(?!\w)", text) for key in refused)]
 
 
 def local_capacity_problems(config: Config) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class YarnConfig:
             (0.1 * mscale_all_dim * ln(factor) + 1)^2, cos and sin by the ratio of the two. 0 leaves it alone.
     """
 
-    factor: float = 40.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    factor: Annotated[float, "[1, 1e6]"] = 40.0
+    original_max_position_embeddings: Annotated[int, "[1, 1e9]"] = 4096
+    beta_fast: Annotated[float, "(0, 1e6]"] = 32.0
+    beta_slow: Annotated[float, "(0, 1e6]"] = 1.0
+    mscale: Annotated[float, "[0, 1000]"] = 1.0
+    mscale_all_dim: Annotated[float, "[0, 1000]"] = 1.0
 
     def problems(self) -> list[str]:
         """Every violated rule, each with its key and a way out."""
@@ -66,55 +66,61 @@ class ModelConfig:
         num_hidden_layers: decoder layers; the first `first_k_dense_replace` have a dense feed-forward.
         num_nextn_predict_layers: multi-token prediction modules, 0 for none.
         q_lora_rank: rank of the queries' compression; None (or absent) for a full query projection.
+        num_attention_heads: attention heads of a layer.
         kv_lora_rank: rank of the keys' and values' joint compression.
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: a head's widths: keys without and with rotation, values.
         max_position_embeddings: longest context in tokens.
+        rope_theta: base of the rotary frequencies.
         rope_scaling: YaRN, or None for plain rotary embedding.
         intermediate_size, moe_intermediate_size: width of a dense feed-forward, and of one expert.
+        first_k_dense_replace: layers at the start with a dense feed-forward instead of experts.
+        n_routed_experts: E, routed experts of a layer.
+        num_experts_per_tok: K, routed experts that a token chooses.
         n_shared_experts: experts that see every token, computed as one feed-forward of n times the width; 0 for none.
         n_group, topk_group: routed experts in n_group equal groups; a token may choose inside the best topk_group.
         scoring_func: sigmoid (DeepSeek-V3) or softmax (V2).
         topk_method: `noaux_tc` adds the balancing bias to the scores and ranks a group by its two best;
             `group_limited_greedy` ranks it by its best, without bias; `greedy` ignores groups (V2-Lite).
         norm_topk_prob: divide the chosen weights by their sum.
-        routed_scaling_factor: factor on the weights.
-        rms_norm_eps: added to the mean square in every normalisation.
+        routed_scaling_factor: factor on the chosen weights.
+        rms_norm_eps: what every normalisation adds to the mean square.
         latent_norm_eps: the same for the latents of attention alone; None (or absent) takes `rms_norm_eps`. Published
             models whose rms_norm_eps is not 1e-6 (Moonlight, GLM-4.7-Flash) have 1e-6 here.
         initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: false; an output layer that shares the embedding is not part of DeepSeek-V3's shape.
     """
 
-    vocab_size: int = 4096
-    hidden_size: int = 192
-    num_hidden_layers: int = 4
-    num_nextn_predict_layers: int = 1
+    vocab_size: Annotated[int, "[1, 1e8]"] = 4096
+    hidden_size: Annotated[int, "[1, 1e6]"] = 192
+    num_hidden_layers: Annotated[int, "[1, 10000]"] = 4
+    num_nextn_predict_layers: Annotated[int, "[0, 100]"] = 1
 
-    num_attention_heads: int = 4
-    q_lora_rank: int | None = None
-    kv_lora_rank: int = 64
-    qk_nope_head_dim: int = 16
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 32
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10000.0
+    num_attention_heads: Annotated[int, "[1, 100000]"] = 4
+    q_lora_rank: Annotated[int | None, "[1, 1e6]"] = None
+    kv_lora_rank: Annotated[int, "[1, 1e6]"] = 64
+    qk_nope_head_dim: Annotated[int, "[1, 100000]"] = 16
+    qk_rope_head_dim: Annotated[int, "[1, 100000]"] = 16
+    v_head_dim: Annotated[int, "[1, 100000]"] = 32
+    max_position_embeddings: Annotated[int, "[1, 1e9]"] = 4096
+    rope_theta: Annotated[float, "(0, 1e12]"] = 10000.0
     rope_scaling: YarnConfig | None = None
 
-    intermediate_size: int = 512
-    moe_intermediate_size: int = 64
-    first_k_dense_replace: int = 1
-    n_routed_experts: int = 16
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 4
-    n_group: int = 4
-    topk_group: int = 2
+    intermediate_size: Annotated[int, "[1, 1e7]"] = 512
+    moe_intermediate_size: Annotated[int, "[1, 1e7]"] = 64
+    first_k_dense_replace: Annotated[int, "[0, 10000]"] = 1
+    n_routed_experts: Annotated[int, "[1, 100000]"] = 16
+    n_shared_experts: Annotated[int, "[0, 1000]"] = 1
+    num_experts_per_tok: Annotated[int, "[1, 100000]"] = 4
+    n_group: Annotated[int, "[1, 100000]"] = 4
+    topk_group: Annotated[int, "[1, 100000]"] = 2
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
+    routed_scaling_factor: Annotated[float, "(0, 10000]"] = 2.5
 
-    rms_norm_eps: float = 1e-6
-    latent_norm_eps: float | None = None
-    initializer_range: float = 0.02
+    rms_norm_eps: Annotated[float, "[1e-20, 1]"] = 1e-6
+    latent_norm_eps: Annotated[float | None, "[1e-20, 1]"] = None
+    initializer_range: Annotated[float, "(0, 10]"] = 0.02
     tie_word_embeddings: bool = False
 
     @classmethod

@@ -1,7 +1,7 @@
 """Configuration of the parallel room: layout of ranks, optimizer, balance of experts."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class ParallelConfig:
         slower.
     virtual_ranks: ranks played by threads of one process, in the debug launcher only (1 = none).
     recompute: rerun each decoder layer in the backward pass instead of keeping its activations.
-    timeout_s: how long a collective may wait for its slowest rank before the run is declared hung.
+    timeout_s: seconds that a collective may wait for its slowest rank before the run is declared hung.
     """
 
-    ep_size: int = 1
-    zero_stage: int = 1
+    ep_size: Annotated[int, "[1, 100000]"] = 1
+    zero_stage: Annotated[int, "[0, 3]"] = 1
     dispatch: Literal["all_to_all", "dedup", "two_hop"] = "dedup"
-    ranks_per_node: int = 0
+    ranks_per_node: Annotated[int, "[0, 100000]"] = 0
     payload: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    chunks: int = 1
-    rows_budget: int = 0
-    virtual_ranks: int = 1
+    chunks: Annotated[int, "[1, 1000]"] = 1
+    rows_budget: Annotated[int, "[0, 1e12]"] = 0
+    virtual_ranks: Annotated[int, "[1, 1024]"] = 1
     recompute: bool = False
-    timeout_s: float = 600.0
+    timeout_s: Annotated[float, "[0.001, 1e7]"] = 600.0
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""
@@ -68,20 +68,27 @@ class ParallelConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule.
 
-    schedule: after `warmup_steps` of linear warm-up, `constant`; `cosine` down to `min_lr_ratio * lr` at the last step;
-    or `wsd` (warm-up, stable, decay): constant, then linear to `min_lr_ratio * lr` over the last `decay_fraction`.
+    lr: the highest learning rate, after the warm-up.
+    weight_decay: AdamW's decoupled decay; each step takes lr * weight_decay of a weight away.
+    betas: decay of AdamW's first and second moment.
+    eps: what AdamW adds to the root of the second moment.
     grad_clip: largest global gradient norm; 0 switches clipping off.
+    schedule: after the warm-up `constant`; `cosine` down to `min_lr_ratio * lr` at the last step; or `wsd` (warm-up,
+        stable, decay): constant, then linear to `min_lr_ratio * lr` over the last `decay_fraction` of the steps.
+    warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
+    decay_fraction: share of the steps at the end over which `wsd` falls.
+    min_lr_ratio: the learning rate at the last step, as a share of lr, under `cosine` and `wsd`.
     """
 
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    grad_clip: float = 1.0
+    lr: Annotated[float, "[1e-20, 1000]"] = 1e-3
+    weight_decay: Annotated[float, "[0, 1000]"] = 0.1
+    betas: Annotated[tuple[float, float], "[0, 1)"] = (0.9, 0.95)
+    eps: Annotated[float, "[1e-20, 1]"] = 1e-8
+    grad_clip: Annotated[float, "0 or [1e-12, 1e12]"] = 1.0
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
-    warmup_steps: int = 20
-    decay_fraction: float = 0.3
-    min_lr_ratio: float = 0.1
+    warmup_steps: Annotated[int, "[0, 1e9]"] = 20
+    decay_fraction: Annotated[float, "[0, 1]"] = 0.3
+    min_lr_ratio: Annotated[float, "[0, 1]"] = 0.1
 
     def problems(self) -> list[str]:
         """Returns every broken rule of this section, each starting with its dotted key."""
@@ -90,6 +97,11 @@ class OptimizerConfig:
             found.append(f"optimizer.lr = {self.lr} must be positive")
         if self.weight_decay < 0:
             found.append(f"optimizer.weight_decay = {self.weight_decay} must not be negative")
+        if self.lr * self.weight_decay >= 1:
+            found.append(
+                f"optimizer.weight_decay = {self.weight_decay} times optimizer.lr = {self.lr} is 1 or more: a step "
+                "would take more away than a weight has; lower one of them"
+            )
         if any(not 0 <= beta < 1 for beta in self.betas):
             found.append(f"optimizer.betas = {list(self.betas)} must both lie in [0, 1)")
         if self.eps <= 0:
@@ -127,34 +139,39 @@ class BalanceConfig:
     check_every_steps: how often all ranks compare their biases; 0 is never.
     placement: `fixed` leaves expert e on rank e // (E / ep_size); `load` deals them out anew whenever a checkpoint is
         saved, if that would lower the busiest rank's measured load by `placement_min_gain` of the mean load.
-    alarm_max_vio, alarm_dead_steps, alarm_rank_vio: a layer's max_vio, an expert's steps without a token, and a layer's
-        max_vio over ranks beyond which an alarm is raised; 0 switches the alarm off. The first and the last must hold
-        for `alarm_patience_steps` steps in a row. An alarm is raised once, and again only after it has ended.
-    on_max_vio, on_dead_expert, on_rank_vio: what the alarm does beside its event: nothing, raise the rate by
+    placement_min_gain: see placement.
+    alarm_max_vio: a layer's max_vio beyond which an alarm is raised; 0 switches the alarm off, as below. An alarm is
+        raised once, and again only after it has ended.
+    on_max_vio, on_dead_expert, on_rank_vio: what the alarm does beside its event: nothing (`log`), raise the rate by
         `raise_rate_factor` for `raise_rate_steps` steps, save a checkpoint, or save one and stop.
+    alarm_dead_steps: an expert's steps without a token beyond which an alarm is raised.
+    alarm_rank_vio: a layer's max_vio over ranks beyond which an alarm is raised.
+    alarm_patience_steps: steps in a row for which max_vio, of experts or ranks, must stay beyond its limit.
+    raise_rate_factor: what `raise_rate` multiplies the rate by.
+    raise_rate_steps: optimizer steps for which `raise_rate` holds.
     """
 
     rule: Literal["sign", "proportional", "quantile", "aux_loss", "none"] = "sign"
-    rate: float | None = None
-    rate_warmup_steps: int = 0
+    rate: Annotated[float | None, "[0, 1000]"] = None
+    rate_warmup_steps: Annotated[int, "[0, 1e9]"] = 0
     rate_schedule: Literal["constant", "step", "linear", "cosine"] = "constant"
-    rate_anneal_from: int = 0
-    rate_zero_at: int = 0
+    rate_anneal_from: Annotated[int, "[0, 1e9]"] = 0
+    rate_zero_at: Annotated[int, "[0, 1e9]"] = 0
     recentre: bool = False
-    aux_loss_coef: float = 1e-2
-    seq_aux_loss_coef: float = 1e-4
-    check_every_steps: int = 100
+    aux_loss_coef: Annotated[float, "[0, 1000]"] = 1e-2
+    seq_aux_loss_coef: Annotated[float, "[0, 1000]"] = 1e-4
+    check_every_steps: Annotated[int, "[0, 1e9]"] = 100
     placement: Literal["fixed", "load"] = "fixed"
-    placement_min_gain: float = 0.05
-    alarm_max_vio: float = 0.0
+    placement_min_gain: Annotated[float, "[0, 1e6]"] = 0.05
+    alarm_max_vio: Annotated[float, "[0, 1e6]"] = 0.0
     on_max_vio: Action = "log"
-    alarm_dead_steps: int = 100
+    alarm_dead_steps: Annotated[int, "[0, 1e9]"] = 100
     on_dead_expert: Action = "log"
-    alarm_rank_vio: float = 0.0
+    alarm_rank_vio: Annotated[float, "[0, 1e6]"] = 0.0
     on_rank_vio: Action = "log"
-    alarm_patience_steps: int = 20
-    raise_rate_factor: float = 10.0
-    raise_rate_steps: int = 100
+    alarm_patience_steps: Annotated[int, "[1, 1e9]"] = 20
+    raise_rate_factor: Annotated[float, "[1, 1e6]"] = 10.0
+    raise_rate_steps: Annotated[int, "[1, 1e9]"] = 100
 
     @property
     def full_rate(self) -> float:

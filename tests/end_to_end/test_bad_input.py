@@ -71,6 +71,17 @@ def test_run_folders(trimtab, config: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["letter.txt"]
 
 
+def test_a_gpu_that_is_not_there(trimtab, config: Path) -> None:
+    for launcher in ("debug", "local"):
+        done = trimtab("train", config, "cluster.accelerator=gpu", "--launcher", launcher, CUDA_VISIBLE_DEVICES="")
+        refused(done, 'cluster.accelerator = "gpu", but CUDA_VISIBLE_DEVICES hides every GPU')
+
+
+def test_print_config_refuses_what_train_refuses(trimtab, config: Path) -> None:
+    for wrong in ("optimizer.lr=nan", "train.global_batch_size=7", "cluster.workers=3", "faults.inject=kill@rank=9"):
+        refused(trimtab("train", config, wrong, "--print-config"), wrong.partition("=")[0])
+
+
 def test_sources(trimtab) -> None:
     refused(trimtab("train", "debgu"), "'debgu' is neither a preset (debug, laptop, v2-lite, v3-671b) nor a file")
 

@@ -1,0 +1,48 @@
+"""Whether this machine has the GPUs that a configuration insists on, found without importing torch."""
+
+import glob
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from launch.config import Config
+
+
+def device_problems(config: Config) -> list[str]:
+    """A sentence where cluster.accelerator = "gpu" cannot be had in processes of this machine."""
+    if config.cluster.accelerator != "gpu":
+        return []
+    reason = why_no_gpu()
+    if not reason:
+        return []
+    return [
+        f'cluster.accelerator = "gpu", but {reason}; use cluster.accelerator=cpu, or auto, which takes a GPU where '
+        "there is one"
+    ]
+
+
+def why_no_gpu() -> str:
+    """Why no GPU can be used here, as a clause; empty where one may be there, which torch says for certain."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every GPU"
+    build = torch_build()
+    if build.endswith("+cpu"):
+        return f"the installed torch {build} is a CPU build"
+    # NVIDIA's driver, the same inside WSL, AMD's driver, Jetson boards.
+    if not any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/nvhost-gpu")):
+        return "this machine has no GPU, or no driver for one (there is no /dev/nvidia0)"
+    return ""
+
+
+def torch_build() -> str:
+    """The installed torch's version, such as `2.13.0+cpu`; empty where there is none."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.origin:
+        return ""
+    try:
+        text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    match = re.search(r"__version__ = ['\"]([^'\"]+)", text)
+    return match[1] if match else ""
