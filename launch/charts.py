@@ -3,10 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from launch import balance_stats
-
 GROUP_OF_KEY = {  # the headings under which TensorBoard shows the figures
     "loss": "train", "mtp_loss": "train", "sequence_balance": "train", "grad_norm": "train", "lr": "train",
     "step_seconds": "speed", "tokens_per_second": "speed", "mfu": "speed", "data_wait_seconds": "speed",
@@ -19,7 +15,6 @@ GROUP_OF_KEY = {  # the headings under which TensorBoard shows the figures
 }  # fmt: skip
 PER_LAYER = ("max_vio", "gate_entropy", "changed_by_bias_share", "dead_experts")  # also written as KEY_per_layer
 NOT_DRAWN = ("step", "ep_size", "seconds")
-FLOOR_LINE = "noise_floor"  # TensorBoard's name for the second line in every max_vio chart
 
 
 def scalar_tags(figures: Mapping[str, Any], layer_names: Sequence[str]) -> dict[str, float]:
@@ -35,22 +30,15 @@ def scalar_tags(figures: Mapping[str, Any], layer_names: Sequence[str]) -> dict[
     return tags
 
 
-def floor_tags(counts: np.ndarray, layer_names: Sequence[str]) -> dict[str, float]:
-    """The noise floor under the tags of max_vio, to be drawn as a second line in the same charts; none when dense."""
-    if counts.size == 0:
-        return {}
-    floors = balance_stats.max_vio_floor_per_layer(counts)
-    tags = {
-        f"balance_by_layer/max_vio/{tag_part(name)}": float(floor)
-        for name, floor in zip(layer_names, floors, strict=True)
-    }
-    return {"balance/max_vio": balance_stats.mean_of_known(floors), **tags}
-
-
 def chart_layout() -> dict[str, dict[str, list[str]]]:
     """The charts of TensorBoard's Custom Scalars tab: heading -> chart -> regular expressions of its tags."""
     by_layer = "balance_by_layer/{}/.*"
     return {
+        "Loss": {
+            "loss and held-out loss (nats per token)": [r"train/(loss|mtp_loss)$", r"evaluation/heldout_loss$"],
+            "gradient norm": [r"train/grad_norm$"],
+            "learning rate": [r"train/lr$"],
+        },
         "Balance": {
             "max_vio: experts, ranks, noise floor": [r"balance/max_vio(_rank|_floor)?$"],
             "max_vio by layer": [by_layer.format("max_vio"), "balance/max_vio_floor$"],

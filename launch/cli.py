@@ -92,7 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     compare = command(
         "compare", _compare, "Put the figures of several runs side by side.", "compare runs/debug runs/debug-no-bias"
     )
-    compare.add_argument("runs", type=Path, nargs="+")
+    compare.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    compare.add_argument("--plot", type=Path, metavar="FILE", help="draw their curves over each other into a PNG")
     compare.add_argument("--json", action="store_true", help="print one JSON object on the last line")
 
     from launch.bench_commands import add_bench_commands
@@ -100,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     from launch.data_commands import add_data_commands
     from launch.eval_commands import add_eval_command
     from launch.generate_commands import add_generate_command
+    from launch.runs_command import add_runs_command
 
+    add_runs_command(commands)
     add_generate_command(commands)
     add_eval_command(commands)
     add_checkpoint_commands(commands)
@@ -237,6 +240,11 @@ def _compare(options: Any) -> int:
         _require_run(run)
     table, figures = compare(options.runs)
     print(table)
+    if options.plot is not None:
+        from launch.compare_plot import save_curves
+
+        save_curves(options.plot, options.runs)
+        print(f"curves: {options.plot}")
     if options.json:
         print(json.dumps(figures))
     return EXIT_OK

@@ -1,4 +1,4 @@
-"""report.md: what a run did and what to look at, rendered from the files of its folder alone, with plots beside it."""
+"""report.md and report.html: what a run did and what to look at, rendered from the files of its folder alone."""
 
 import math
 import tomllib
@@ -13,6 +13,7 @@ from launch.console import duration
 from launch.findings import alarm_table, findings, slow_ranks
 from launch.history import alarm_spells, read_history, read_pairs, summarize_history
 from launch.pictures import draw
+from launch.report_html import write_html
 from launch.runfolder import RunFolder, read_records
 from launch.telemetry import dotted
 from launch.time_report import time_section
@@ -41,7 +42,7 @@ def summarize(run_dir: str | Path) -> dict[str, Any]:
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes report.md, and the pictures it shows to ``plots/``, into the run's folder.
+    """Writes report.md, the pictures it shows to ``plots/``, and report.html with all of them inside.
 
     Returns: the path of report.md. Raises: FileNotFoundError when the folder is not a run; DamagedRecordError.
     """
@@ -81,6 +82,7 @@ def write_report(run_dir: str | Path) -> Path:
     unfinished = run.report.with_suffix(".md.partial")
     unfinished.write_text(redact("\n".join(parts)), encoding="utf-8")
     unfinished.replace(run.report)
+    write_html(run.report)
     return run.report
 
 

@@ -127,7 +127,7 @@ def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:
         f"  report            {figures['report']}",
         "",
         "  What next:",
-        f"    .venv/bin/{how_to_view(run.tensorboard)}",
+        f"    .venv/bin/{how_to_view(shown)}",
         f"    .venv/bin/trimtab generate {shown} --prompt 'import ' --temperature 0.8",
         f"    .venv/bin/trimtab data audit {shown}",
         *without_bias,

@@ -11,7 +11,7 @@ import numpy as np
 from launch import balance_stats
 from launch.accounting import Running, read_account
 from launch.alarms import Alarm
-from launch.charts import FLOOR_LINE, chart_layout, floor_tags, scalar_tags, tag_part
+from launch.charts import chart_layout, scalar_tags, tag_part
 from launch.console import Console, Mode
 from launch.runfolder import RunFolder, process_clock
 from launch.step_record import StepRecord, derive
@@ -94,7 +94,6 @@ class Telemetry:
             self.tensorboard.scalars(record.step, scalar_tags(figures, self._layer_names))
             if self._running is not None:
                 self.tensorboard.scalars(record.step, self._running.add(figures, clock["seconds"]))
-            self.tensorboard.scalars(record.step, floor_tags(counts, self._layer_names), line=FLOOR_LINE)
             if counts.size and (first or record.step % self._heatmap_every == 0):
                 self._draw(record, counts)
 

@@ -31,9 +31,10 @@ def png_bytes(image: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
-def how_to_view(log_dir: str | Path) -> str:
-    """The command that shows the figures, on this machine only: TensorBoard asks nobody for a password."""
-    return f"tensorboard --logdir {log_dir} --host 127.0.0.1"
+def how_to_view(run: str | Path) -> str:
+    """The command that shows a run's figures, with those of the runs beside it, each under its name; on this machine
+    only: TensorBoard asks nobody for a password."""
+    return f"tensorboard --logdir {Path(run).parent} --host 127.0.0.1"
 
 
 class TensorBoard:
@@ -52,8 +53,6 @@ class TensorBoard:
         self.log_dir = Path(log_dir)
         self._say = say
         self._writer: Any = None
-        self._lines: dict[str, Any] = {}  # writers of further lines in the same charts
-        self._purged: int | None = None
         if not open_file:
             return
         try:
@@ -73,23 +72,16 @@ class TensorBoard:
 
     def purge(self, step: int) -> None:
         """Tells TensorBoard to forget what earlier files hold of ``step`` and later (a resume or roll-back)."""
-        self._purged = step
         if self._writer is not None:
-            for writer in (self._writer, *self._lines.values()):
-                self._add(self._purge_event(step), writer)
+            log = self._event.SessionLog(status=self._event.SessionLog.START)
+            self._add(self._event.Event(wall_time=time.time(), step=step, session_log=log))
 
-    def scalars(self, step: int, figures: Mapping[str, float | None], line: str | None = None) -> None:
-        """Writes ``{tag: value}`` of one step; None is left out.
-
-        Args:
-            line: draw them as another line of this name into the charts of the same tags. TensorBoard draws one line a
-                folder, so they go to a file in the sub-folder of this name.
-        """
+    def scalars(self, step: int, figures: Mapping[str, float | None]) -> None:
+        """Writes ``{tag: value}`` of one step; None is left out."""
         values = [(tag, float(value)) for tag, value in figures.items() if value is not None]
         if self._writer is not None and values:
-            writer = self._writer if line is None else self._line(line)
             one = self._summary.Summary.Value
-            self._add_values(step, [one(tag=tag, simple_value=value) for tag, value in values], writer)
+            self._add_values(step, [one(tag=tag, simple_value=value) for tag, value in values])
 
     def layout(self, charts: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
         """Lays out the Custom Scalars tab: heading -> chart -> regular expressions of the tags drawn together."""
@@ -114,7 +106,7 @@ class TensorBoard:
             image = self._summary.Summary.Image(
                 height=pixels.shape[0], width=pixels.shape[1], colorspace=3, encoded_image_string=png_bytes(pixels)
             )
-            self._add_values(step, [self._summary.Summary.Value(tag=tag, image=image)], self._writer)
+            self._add_values(step, [self._summary.Summary.Value(tag=tag, image=image)])
 
     def histogram(self, step: int, tag: str, values: np.ndarray, bins: int = 30) -> None:
         """Writes the distribution of the finite values of an array of any shape."""
@@ -126,7 +118,7 @@ class TensorBoard:
                 min=flat.min(), max=flat.max(), num=flat.size, sum=flat.sum(), sum_squares=(flat**2).sum(),
                 bucket_limit=edges[1:].tolist(), bucket=counts.tolist(),
             )  # fmt: skip
-            self._add_values(step, [self._summary.Summary.Value(tag=tag, histo=histogram)], self._writer)
+            self._add_values(step, [self._summary.Summary.Value(tag=tag, histo=histogram)])
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Writes a text, shown as Markdown under TensorBoard's Text tab."""
@@ -135,33 +127,15 @@ class TensorBoard:
 
     def flush(self) -> None:
         if self._writer is not None:
-            for writer in (self._writer, *self._lines.values()):
-                self._attempt(writer.flush)
+            self._attempt(self._writer.flush)
 
     def close(self) -> None:
         if self._writer is not None:
-            for writer in (self._writer, *self._lines.values()):
-                self._attempt(writer.close)
+            self._attempt(self._writer.close)
             self._writer = None
 
     def _open_main(self) -> None:
         self._writer = self._open(self.log_dir)
-
-    def _line(self, name: str) -> Any:
-        """The writer of the line ``name``; None when its file cannot be opened."""
-        if name not in self._lines:
-
-            def open_line() -> None:
-                self._lines[name] = self._open(self.log_dir / name)
-
-            self._attempt(open_line)
-            if self._purged is not None and name in self._lines:
-                self._add(self._purge_event(self._purged), self._lines[name])
-        return self._lines.get(name)
-
-    def _purge_event(self, step: int) -> Any:
-        log = self._event.SessionLog(status=self._event.SessionLog.START)
-        return self._event.Event(wall_time=time.time(), step=step, session_log=log)
 
     def _add_string(self, step: int, tag: str, content: bytes, plugin: str, shape: Sequence[int]) -> None:
         plugin_data = self._summary.SummaryMetadata.PluginData(plugin_name=plugin)
@@ -170,15 +144,14 @@ class TensorBoard:
             tensor.tensor_shape.dim.add(size=size)
         metadata = self._summary.SummaryMetadata(plugin_data=plugin_data)
         value = self._summary.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
-        self._add_values(step, [value], self._writer)
+        self._add_values(step, [value])
 
-    def _add_values(self, step: int, values: list[Any], writer: Any) -> None:
+    def _add_values(self, step: int, values: list[Any]) -> None:
         summary = self._summary.Summary(value=values)
-        self._add(self._event.Event(wall_time=time.time(), step=step, summary=summary), writer)
+        self._add(self._event.Event(wall_time=time.time(), step=step, summary=summary))
 
-    def _add(self, event: Any, writer: Any) -> None:
-        if writer is not None:
-            self._attempt(lambda: writer.add_event(event))
+    def _add(self, event: Any) -> None:
+        self._attempt(lambda: self._writer.add_event(event))
 
     def _attempt(self, write: Callable[[], None]) -> None:
         """A full disk ends the figures, not the training: metrics.jsonl has them too, and its writer does raise."""
