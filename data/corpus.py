@@ -1,20 +1,40 @@
-"""Corpora: sources (built-in names, folders, text, JSONL and Parquet files) read as documents in a fixed order."""
+"""Corpora: sources (built-in names, folders, files of text or rows, addresses) read as documents in a fixed order."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.builtin import BUILTIN_CORPORA, BuiltinCorpus
 from data.errors import DataError
+from data.filekind import container_of, holds_rows, is_about, is_media, kind_of, named_container
+from data.folder import choose, readable, walk
+from data.leftout import (
+    ABOUT,
+    BINARY,
+    BOM_REMOVED,
+    EMPTY,
+    MEDIA,
+    NO_FIELD,
+    NOT_A_STRING,
+    NOT_READ,
+    NOT_UTF8,
+    NULL,
+    POINTER,
+    UTF16,
+    Account,
+    LeftOut,
+)
 from data.remote_files import RemoteFile, list_files
+from data.rows import NotRowsError, Row, json_rows, jsonl_rows, parquet_rows
 from data.storage import is_remote, local_path
+from data.streams import Content, opened, reading
 
+TEXT_FIELD = "text"
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "COPYING", "COPYING.txt")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_BOM, _UTF16_BOMS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -39,125 +59,198 @@ class Source:
         name: short name that goes into the manifest and in front of document names when there are several sources.
         licence: what documents without their own licence carry.
         files: (name, path) of every file, in reading order.
-        kind: "folder", "text", "jsonl" or "parquet".
-        skipped: what the last complete `read` left out, by reason.
+        text_field: where rows of JSON and Parquet have their text.
+        folder: whether it is a folder, in which notes beside data are left out.
+        not_taken: what was not listed in `files`, by reason.
+        left: what the last complete `read` left out of `files`, by reason.
+        changed: what it changed.
+        followed: the links to folders that were followed.
     """
 
     name: str
     licence: str
     files: Sequence[tuple[str, Path | RemoteFile]]
-    kind: str
-    skipped: Counter[str] = field(default_factory=Counter)
+    text_field: str = TEXT_FIELD
+    folder: bool = True
+    not_taken: LeftOut = field(default_factory=LeftOut)
+    followed: LeftOut = field(default_factory=LeftOut)
+    left: LeftOut = field(default_factory=LeftOut)
+    changed: LeftOut = field(default_factory=LeftOut)
+    _taken: tuple[int, int, bool] = (0, 0, True)  # documents, bytes, whether all are notes on data
+    _about: frozenset[str] | None = None
 
     def read(self) -> Iterator[Document]:
-        """Yields the documents; counts in `skipped` what is empty or not UTF-8 text."""
-        self.skipped = Counter()
-        for name, path in self.files:
-            kind = _kind(name) if self.kind == "folder" and isinstance(path, RemoteFile) else self.kind
-            if kind == "jsonl":
-                yield from self._read_jsonl(name, path)
-            elif kind == "parquet":
-                yield from self._read_parquet(name, path)
-            else:
-                yield from self._make(name, _read_bytes(path), self.licence)
+        """Yields the documents; notes in `left` and `changed` what is left out and changed.
+
+        Raises:
+            DataError: a file cannot be read or is damaged, or a row has no text's field.
+        """
+        self.left, self.changed = LeftOut(), LeftOut()
+        if self._about is None:
+            self._about = _notes_beside_data(self.files, self.text_field) if self.folder else frozenset()
+        n_documents = n_bytes = 0
+        only_about = True
+        for name, file in self.files:
+            if name in self._about:
+                self.left.add(ABOUT, name, max(0, file.stat().st_size))
+                continue
+            about = is_about(name)
+            for document in self._read(name, file):
+                n_documents += 1
+                n_bytes += len(document.data)
+                only_about = only_about and about
+                yield document
+        self._taken = (n_documents, n_bytes, only_about)
 
     def signature(self) -> list[tuple[str, int, int]]:
         """(name, bytes, modification time in ns) of every file: cheap evidence that nothing changed."""
         found = []
-        for name, path in self.files:
-            status = path.stat()
+        for name, file in self.files:
+            with reading(file):
+                status = file.stat()
             found.append((f"{self.name}/{name}", status.st_size, status.st_mtime_ns))
         return found
 
+    def account(self) -> Account:
+        """What became of the source in the last complete `read`."""
+        left = LeftOut()
+        left.reasons = {**self.not_taken.reasons, **self.left.reasons}
+        changed = LeftOut()
+        changed.reasons = {**self.followed.reasons, **self.changed.reasons}
+        n_documents, n_bytes, only_about = self._taken
+        return Account(self.name, n_documents, n_bytes, left, changed, self.folder and only_about)
+
+    def _read(self, name: str, file: Path | RemoteFile) -> Iterator[Document]:
+        kind = kind_of(name)
+        with opened(file, at_once=kind == "text" and not named_container(name)) as content:
+            head = content.head
+            if kind != "parquet" and head.startswith(b"PAR1"):
+                kind = "parquet"
+            if head.startswith(_POINTER):
+                self.left.add(POINTER, name, max(0, file.stat().st_size))
+            elif kind == "parquet":
+                yield from self._rows(name, parquet_rows(content, file, self.text_field))
+            elif not head:
+                self.left.add(EMPTY, name)
+            elif container := container_of(name, head):
+                self.left.add(NOT_READ.format(container), name, max(0, file.stat().st_size))
+            elif head.startswith(_UTF16_BOMS):
+                self.left.add(UTF16, name, max(0, file.stat().st_size))
+            elif kind == "jsonl":
+                yield from self._rows(name, jsonl_rows(content, file, self.text_field))
+            elif kind == "json":
+                yield from self._read_json(name, file, content)
+            elif b"\0" in head:
+                self._leave_binary(name, max(0, file.stat().st_size))
+            else:
+                with reading(file):
+                    data = content.stream.read()
+                yield from self._text(name, data)
+
+    def _read_json(self, name: str, file: Path | RemoteFile, content: Content) -> Iterator[Document]:
+        try:
+            yield from self._rows(name, json_rows(content, file, self.text_field))
+        except NotRowsError as one:
+            if one.rows:
+                self.left.add(NO_FIELD.format(self.text_field), name, len(one.content))
+            else:
+                yield from self._text(name, one.content)
+
+    def _text(self, name: str, data: bytes) -> Iterator[Document]:
+        """A file that is one document."""
+        if data.startswith(_BOM):
+            data = data[len(_BOM) :]
+            self.changed.add(BOM_REMOVED, name, len(_BOM))
+        if b"\0" in data:
+            self._leave_binary(name, len(data))
+        elif is_media(name) and not _is_utf8(data):
+            self.left.add(MEDIA, name, len(data))
+        else:
+            yield from self._make(name, data, self.licence)
+
+    def _leave_binary(self, name: str, n_bytes: int) -> None:
+        self.left.add(MEDIA if is_media(name) else BINARY, name, n_bytes)
+
+    def _rows(self, name: str, rows: Iterator[Row]) -> Iterator[Document]:
+        for row in rows:
+            place = f"{name}:{row.number}"
+            if isinstance(row.text, str):
+                try:
+                    data = row.text.encode("utf-8")
+                except UnicodeEncodeError:  # a lone surrogate, legal in JSON
+                    self.left.add(NOT_UTF8, place, row.n_bytes)
+                    continue
+            elif isinstance(row.text, bytes):
+                data = row.text
+            elif row.text is None:
+                self.left.add(NULL.format(self.text_field), place)
+                continue
+            else:
+                self.left.add(NOT_A_STRING.format(self.text_field), place, row.n_bytes)
+                continue
+            if b"\0" in data:
+                self.left.add(BINARY, place, len(data))
+            else:
+                yield from self._make(place, data, str(row.licence or self.licence))
+
     def _make(self, name: str, data: bytes, licence: str) -> Iterator[Document]:
         if not data:
-            self.skipped["empty"] += 1
-        elif not _is_text(data):
-            self.skipped["not UTF-8 text"] += 1
+            self.left.add(EMPTY, name)
+        elif not _is_utf8(data):
+            self.left.add(NOT_UTF8, name, len(data))
         else:
             yield Document(name, data, self.name, licence)
 
-    def _read_jsonl(self, name: str, path: Path | RemoteFile) -> Iterator[Document]:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    text = row["text"]
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f'{path}, line {number}: is not a JSON object with a field "text" ({error}); '
-                        f'write one object a line, for example {{"text": "..."}}'
-                    ) from error
-                yield from self._make_row(f"{name}:{number}", text, row)
 
-    def _read_parquet(self, name: str, path: Path | RemoteFile) -> Iterator[Document]:
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise DataError(f"{path}: reading Parquet needs the package pyarrow; pip install pyarrow") from error
-        try:
-            table = pyarrow.parquet.ParquetFile(path if isinstance(path, Path) else path.open())
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: is not a readable Parquet file ({error})") from error
-        columns = table.schema_arrow.names
-        if "text" not in columns:
-            raise DataError(f"{path}: has the columns {', '.join(columns)}; a column named text is needed")
-        wanted = [column for column in columns if column in ("text", "license", "licence")]
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=wanted):
-            for row in batch.to_pylist():
-                number += 1
-                yield from self._make_row(f"{name}:{number}", row["text"], row)
-
-    def _make_row(self, name: str, text: object, row: dict) -> Iterator[Document]:
-        if not isinstance(text, str):
-            self.skipped["field text is not a string"] += 1
-            return
-        licence = row.get("license") or row.get("licence") or self.licence
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError:  # a lone surrogate, legal in JSON
-            self.skipped["not UTF-8 text"] += 1
-            return
-        yield from self._make(name, data, str(licence))
-
-
-def open_source(spec: str, licence: str | None = None) -> Source:
+def open_source(spec: str, licence: str | None = None, field: str = TEXT_FIELD) -> Source:
     """Finds out what a source is and lists its files in a fixed order.
 
     Args:
         spec: a built-in corpus's name, a folder, a file, or an fsspec address of a folder or file (s3://bucket/texts).
             A name that is both is taken as the built-in corpus; write ./NAME for the folder.
         licence: SPDX name of the licence, where the source does not say it itself.
+        field: where rows of JSON and Parquet have their text.
 
     Raises:
-        DataError: nothing is there, or nothing in it can be read.
+        DataError: nothing is there, or something there may not be read.
     """
     if spec in BUILTIN_CORPORA:
         corpus = BUILTIN_CORPORA[spec]
-        return Source(corpus.origin(), corpus.licence, _builtin_files(corpus), "folder")
-    if is_remote(spec):
-        remote = list_files(spec)
-        kind = _kind(remote[0][0]) if len(remote) == 1 else "folder"
-        return Source(spec.rstrip("/").rpartition("/")[2], licence or "unknown", remote, kind)
-    path = local_path(spec).expanduser()
+        return Source(corpus.origin(), corpus.licence, _builtin_files(corpus), field)
+    if is_remote(spec) and not spec.startswith("local://"):
+        return _open_address(spec, licence, field)
+    try:
+        path = local_path(spec.removeprefix("local://")).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise DataError(f"source {spec!r}: {error}; give the folder's whole path") from error
     if path.is_dir():
-        files = _walk(path)
+        files, not_taken, followed = walk(path)
         if not files:
-            raise DataError(f"{path}: the folder holds no files; give a folder with text or code")
-        return Source(path.resolve().name, licence or _find_licence(path), files, "folder")
+            aside = f" (not taken: {not_taken})" if not_taken else ""
+            raise DataError(
+                f"{readable(path)}: the folder holds no files{aside}; give a folder with text, code or rows"
+            )
+        licence = licence or _find_licence(name for name, _ in files)
+        return Source(readable(path.resolve().name), licence, files, field, True, not_taken, followed)
     if not path.is_file():
         raise DataError(
             f"source {spec!r} is neither a built-in corpus ({', '.join(sorted(BUILTIN_CORPORA))}) nor an existing "
             f"folder or file"
         )
-    return Source(path.name, licence or "unknown", [(path.name, path)], _kind(path.name))
+    name = readable(path.name)
+    return Source(name, licence or "unknown", [(name, path)], field, False)
 
 
-def _kind(name: str) -> str:
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(Path(name).suffix.lower(), "text")
+def _open_address(spec: str, licence: str | None, field: str) -> Source:
+    listed = dict(list_files(spec))
+    name = spec.rstrip("/").rpartition("/")[2]
+    if list(listed) == [""]:
+        return Source(name, licence or "unknown", [(name, listed[""])], field, False)
+    names, not_taken = choose(listed)
+    if not names:
+        raise DataError(f"source {spec!r}: no file to read is there (not taken: {not_taken}); check the address")
+    files = [(one, listed[one]) for one in names]
+    return Source(name, licence or _find_licence(names), files, field, True, not_taken)
 
 
 def _builtin_files(corpus: BuiltinCorpus) -> list[tuple[str, Path]]:
@@ -170,35 +263,37 @@ def _builtin_files(corpus: BuiltinCorpus) -> list[tuple[str, Path]]:
     return files
 
 
-def _walk(root: Path) -> list[tuple[str, Path]]:
-    """Regular files below a folder by sorted relative name; hidden names, links to folders and caches left out."""
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__pycache__")
-        for name in files:
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                found.append((path.relative_to(root).as_posix(), path))
-    return sorted(found)
+def _find_licence(names: Iterable[str]) -> str:
+    there = set(names)
+    return next((f"see {name}" for name in _LICENCE_FILES if name in there), "unknown")
 
 
-def _find_licence(root: Path) -> str:
-    for name in _LICENCE_FILES:
-        if (root / name).is_file():
-            return f"see {name}"
-    return "unknown"
+def _notes_beside_data(files: Sequence[tuple[str, Path | RemoteFile]], field: str) -> frozenset[str]:
+    """The files that are notes on data: README, licence, card, in a folder that has rows in it or below it."""
+    notes = [name for name, _ in files if is_about(name)]
+    if not notes:
+        return frozenset()
+    wanted = {name.rpartition("/")[0] for name in notes}
+    with_rows: set[str] = set()
+    for name, file in files:
+        parts = name.split("/")[:-1]
+        above = {"/".join(parts[:depth]) for depth in range(len(parts) + 1)} & wanted - with_rows
+        if above and not is_about(name) and (holds_rows(name) or _begins_with_rows(name, file, field)):
+            with_rows |= above
+    return frozenset(name for name in notes if name.rpartition("/")[0] in with_rows)
 
 
-def _read_bytes(path: Path | RemoteFile) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); fix its access or leave it out") from error
-
-
-def _is_text(data: bytes) -> bool:
-    if b"\0" in data:
+def _begins_with_rows(name: str, file: Path | RemoteFile, field: str) -> bool:
+    """Whether a .json file begins as an array of objects, or as JSON lines, with the text's field."""
+    if kind_of(name) != "json":
         return False
+    with opened(file, at_once=False) as content:
+        head = content.head.removeprefix(_BOM).lstrip()
+    array = head.startswith(b"[") and head[1:].lstrip().startswith(b"{")
+    return f'"{field}"'.encode() in head and (array or head.startswith(b"{"))
+
+
+def _is_utf8(data: bytes) -> bool:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:

@@ -17,6 +17,7 @@ from data.corpus import Document, Source
 from data.encoding import Encoding
 from data.errors import DataError
 from data.heldout import HeldoutChoice, split_tail
+from data.leftout import DUPLICATE, Account, LeftOut
 from data.manifest import DOCUMENTS, MANIFEST, Manifest, SourceInfo, SplitInfo
 from data.progress import PROGRESS, PackState
 from data.shards import ShardWriter
@@ -41,11 +42,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Survey:
-    """The documents to keep by name, the number of duplicates left out, and (documents, bytes) kept by source."""
+    """The documents to keep by name, the number of duplicates left out, (documents, bytes) kept by source, and what
+    became of each source."""
 
     entries: dict[str, Entry]
     n_duplicates: int
     by_source: tuple[tuple[int, int], ...]
+    accounts: tuple[Account, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -70,6 +73,19 @@ def _documents(opened: list[Source]) -> Iterator[tuple[int, Document]]:
             yield number, document
 
 
+def refuse_false(accounts: Sequence[Account]) -> None:
+    """Refuses sources of which more text would be left out than taken, or of which only a licence would be taken.
+
+    Raises:
+        DataError: there is such a source.
+    """
+    found = [problem for account in accounts if (problem := account.problem())]
+    if found:
+        raise DataError(
+            "; ".join(found) + ". Unpack or convert what was left out, or pack the rest alone with --allow-left-out"
+        )
+
+
 def survey(opened: list[Source], report: Progress, digests: set[bytes]) -> Survey:
     """First reading: which documents to keep; of identical ones the first.
 
@@ -79,23 +95,36 @@ def survey(opened: list[Source], report: Progress, digests: set[bytes]) -> Surve
     """
     entries: dict[str, Entry] = {}
     totals = [[0, 0] for _ in opened]
-    n_duplicates = done = 0
+    duplicates = [LeftOut() for _ in opened]
+    done = 0
     for number, document in _documents(opened):
         done += len(document.data)
         report("reading", done, 0)
         digest = hashlib.blake2b(document.data, digest_size=16).digest()
         if digest in digests:
-            n_duplicates += 1
+            duplicates[number].add(DUPLICATE, document.name, len(document.data))
             continue
+        if document.name in entries:
+            raise DataError(f"{document.origin}: two documents are called {document.name}; rename one of the files")
         digests.add(digest)
         entries[document.name] = Entry(document.name, len(document.data), digest)
         totals[number][0] += 1
         totals[number][1] += len(document.data)
+    accounts = []
+    for source, again in zip(opened, duplicates, strict=True):
+        account = source.account()
+        account.left.reasons.update(again.reasons)
+        accounts.append(account)
     if not entries:
-        reasons = "; ".join(f"{source.name}: {dict(source.skipped)}" for source in opened)
-        again = f", and {n_duplicates} documents of other sources again" if n_duplicates else ""
-        raise DataError(f"the sources hold no text (left out: {reasons}{again}); give UTF-8 text or code")
-    return Survey(entries, n_duplicates, tuple((n_documents, n_bytes) for n_documents, n_bytes in totals))
+        reasons = "; ".join(f"{account.source}: {account.left or 'nothing was there'}" for account in accounts)
+        raise DataError(
+            f"the sources hold no text (left out: {reasons}); give text or code in UTF-8, JSON lines or Parquet, "
+            f"unpacked where they are in an archive"
+        )
+    n_duplicates = sum(again.n for again in duplicates)
+    return Survey(
+        entries, n_duplicates, tuple((n_documents, n_bytes) for n_documents, n_bytes in totals), tuple(accounts)
+    )
 
 
 def _kept(opened: list[Source], entries: dict[str, Entry]) -> Iterator[Document]:
@@ -229,7 +258,7 @@ def write_dataset(
         train=splits["train"],
         heldout=splits["heldout"],
         sources=tuple(
-            SourceInfo(source.name, source.licence, *found.by_source[i], dict(sorted(source.skipped.items())))
+            SourceInfo(source.name, source.licence, *found.by_source[i], source.left.counts())
             for i, source in enumerate(opened)
         ),
         n_duplicates=found.n_duplicates,

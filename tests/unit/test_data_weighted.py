@@ -179,7 +179,7 @@ def test_names_and_weights_are_checked(tmp_path: Path) -> None:
         ([WeightedSource("a", source, float("nan"))], "weight nan"),
         ([WeightedSource("a", source, 0.0)], "all weights are 0"),
         ([WeightedSource("a", source), WeightedSource("A", source)], "twice"),
-        ([WeightedSource("a", source), WeightedSource("b", source)], "documents of other sources again"),
+        ([WeightedSource("a", source), WeightedSource("b", source)], "the same text as another document"),
         ([], "no source"),
     ):
         with pytest.raises(DataError, match=message):
