@@ -24,7 +24,8 @@ from data.tokenizer import Tokenizer, load_tokenizer
 class Description:
     """What a configuration check needs to know of a dataset.
 
-    Attributes: vocab_size, eod_id and tokenizer (its specification); n_tokens, n_documents of the training split
+    Attributes: vocab_size, eod_id, tokenizer (its specification) and tokenizer_sha256 (of its file, hex); n_tokens,
+    n_documents of the training split
     (tokens include one end token a document); n_heldout documents; fingerprint (sha256 of the manifest, hex).
     """
 
@@ -36,6 +37,7 @@ class Description:
     n_documents: int
     n_heldout: int
     fingerprint: str
+    tokenizer_sha256: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def describe(path: str | Path, remote: Remote | None = None) -> Description:
         n_documents=manifest.train.n_documents,
         n_heldout=manifest.heldout.n_documents,
         fingerprint=manifest.fingerprint,
+        tokenizer_sha256=manifest.tokenizer_sha256,
     )
 
 

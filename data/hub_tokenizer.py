@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.tokenizer import END_OF_DOCUMENT, Tokenizer, byte_characters
 
 
-def hub_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
-    """The same tokenizer as a tokenizer.json, and the text of its end-of-document token.
+class HubForm(NamedTuple):
+    """A tokenizer as the library reads it.
 
-    One thing is changed in a given file, its post-processor: a text begins with the end-of-document token, since that
-    is what stood before every document in training. A vocabulary of bytes becomes a byte-level BPE without merges.
+    text: of tokenizer.json. end: the text of its end-of-document token.
+    begins: whether the file itself puts that token before a text; else a reader has to do so.
     """
-    content = json.loads(tokenizer.to_json())
-    if tokenizer.spec == "bytes":
+
+    text: str
+    end: str
+    begins: bool
+
+
+def hub_tokenizer(tokenizer: Tokenizer) -> HubForm:
+    """The same tokenizer as a tokenizer.json.
+
+    A text is to begin with the end-of-document token, since that is what stood before every document in training. A
+    file without a post-processor, or with one that adds other tokens, gets one that does so. A file whose own
+    post-processor adds nothing (DeepSeek's) stays as it came, byte for byte: llama.cpp knows a tokenizer by what it
+    makes of a text. A vocabulary of bytes becomes a byte-level BPE without merges.
+    """
+    text = tokenizer.to_json()
+    content = json.loads(text)
+    if "model" not in content:  # the bytes tokenizer's own file
         content = _bytes()
-    end = _name_of(content, tokenizer.eod_id)
-    if end not in (token["content"] for token in content["added_tokens"]):
+    end = token_text(content, tokenizer.eod_id)
+    known = end in (token["content"] for token in content["added_tokens"])
+    if known and _adds_nothing(content.get("post_processor")):
+        return HubForm(text, end, begins=False)
+    if not known:
         content["added_tokens"].append(_special(tokenizer.eod_id, end))
     content["post_processor"] = _begin_with(end, tokenizer.eod_id)
-    return content, end
+    return HubForm(json.dumps(content, ensure_ascii=False) + "\n", end, begins=True)
+
+
+def _adds_nothing(processor: Any) -> bool:
+    """Whether a post-processor is there and only moves offsets."""
+    if not isinstance(processor, dict):
+        return False
+    if processor.get("type") == "Sequence":
+        return all(_adds_nothing(one) for one in processor.get("processors", []))
+    return processor.get("type") == "ByteLevel"
 
 
 def _bytes() -> dict[str, Any]:
@@ -56,7 +83,8 @@ def _special(number: int, text: str) -> dict[str, Any]:
     return {"id": number, "content": text, **plain, "special": True}
 
 
-def _name_of(content: dict[str, Any], number: int) -> str:
+def token_text(content: dict[str, Any], number: int) -> str:
+    """The text of a token id in a tokenizer.json's content."""
     for token in content.get("added_tokens", []):
         if token["id"] == number:
             return str(token["content"])

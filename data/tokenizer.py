@@ -188,8 +188,12 @@ def deepseek_file() -> Path:
     return path
 
 
-def load_tokenizer(path: str | Path, spec: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, spec: str | None = None, eod_token: str | None = None) -> Tokenizer:
     """Loads a saved tokenizer: this project's bytes file or a Hugging Face tokenizer.json.
+
+    Args:
+        spec: what it calls itself; None takes the file's name.
+        eod_token: the text of its end-of-document token; None looks for a known one.
 
     Raises:
         DataError: the file is missing or not a tokenizer, or `tokenizers` is needed and not installed.
@@ -210,7 +214,7 @@ def load_tokenizer(path: str | Path, spec: str | None = None) -> Tokenizer:
         inner = library.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception for every malformed file
         raise DataError(f"{path}: is not a Hugging Face tokenizer.json ({error})") from error
-    return HubTokenizer(inner, spec or path.name, content)
+    return HubTokenizer(inner, spec or path.name, content, eod_token)
 
 
 def check_spec(spec: str) -> list[str]:

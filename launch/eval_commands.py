@@ -149,9 +149,7 @@ def _heldout(options: Any, loaded: Any, window: int) -> dict[str, float | None]:
                 [f"--data {options.data} was packed with another tokenizer than the run's data; pack it with that one"]
             )
     if dataset is None:
-        raise ConfigError(
-            ['the run reads data.mode = "stream", which holds nothing out; give a packed dataset with --data']
-        )
+        raise ConfigError([f"{loaded.no_data}; give a packed dataset with --data"])
     documents = list(dataset.heldout_documents())
     if not documents:
         raise ConfigError([f"{dataset.path} holds no document out; pack it again with --heldout above 0"])

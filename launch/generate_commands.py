@@ -47,6 +47,9 @@ def add_generate_command(commands: Any) -> None:
     )  # fmt: skip
     generate.add_argument("--draft-tokens", type=int, default=4, help="drafts a step of a second run (default: 4)")
     generate.add_argument("--quantize", choices=tuple(QUANTIZED), help="round the weights to 8 or 4 bits first")
+    generate.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json, if the data is gone or has another"
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     generate.set_defaults(run_command=run)
 
@@ -64,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
-    loaded = load_run(options.run, device)
+    loaded = load_run(options.run, device, tokenizer=options.tokenizer)
     longest = loaded.config.model.max_position_embeddings
     if options.context is not None and options.context > longest:
         raise ConfigError(

@@ -28,7 +28,13 @@ def add_hf_actions(actions: Any) -> None:
         "--with-optimizer", action="store_true",
         help="keep what training needs in DIR/trimtab, so that an import goes on as if nothing had happened",
     )  # fmt: skip
-    export.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, if the run's data is gone")
+    export.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json, if the data is gone or has another"
+    )
+    export.add_argument(
+        "--without-prediction-layers", action="store_true",
+        help="leave out the multi-token prediction layers, for readers that do not know them",
+    )  # fmt: skip
     export.set_defaults(run_command=_export)
 
     bring = actions.add_parser(
@@ -50,6 +56,11 @@ def add_hf_actions(actions: Any) -> None:
     bring.add_argument(
         "--ignore-auto-map", action="store_true", help="read a folder that brings code; the code is not run"
     )
+    bring.add_argument(
+        "--other-tokenizer",
+        action="store_true",
+        help="leave the folder's tokenizer behind and train the model on the ids of the data's",
+    )
     bring.add_argument("--shard-gb", type=float, default=4.0, help="largest file of the checkpoint (default: 4)")
     bring.set_defaults(run_command=_import)
     for action in (export, bring):
@@ -59,7 +70,10 @@ def add_hf_actions(actions: Any) -> None:
 def _export(options: Any) -> int:
     from launch.hf_export import ExportOptions, export
 
-    asked = ExportOptions(options.dtype, options.step, options.shard_gb, options.with_optimizer, options.tokenizer)
+    asked = ExportOptions(
+        options.dtype, options.step, options.shard_gb, options.with_optimizer, options.tokenizer,
+        not options.without_prediction_layers,
+    )  # fmt: skip
     return _run(options, "export", lambda: export(options.run, options.out, asked, _progress("export")), _exported)
 
 
@@ -67,8 +81,9 @@ def _import(options: Any) -> int:
     from launch.hf_import import ImportOptions, import_folder
 
     asked = ImportOptions(
-        options.config, tuple(options.assignments), options.weights_only, options.ignore_auto_map, options.shard_gb
-    )
+        options.config, tuple(options.assignments), options.weights_only, options.ignore_auto_map, options.shard_gb,
+        options.other_tokenizer,
+    )  # fmt: skip
     return _run(
         options, "import", lambda: import_folder(options.folder, options.out, asked, _progress("import")), _imported
     )
@@ -98,7 +113,8 @@ def _exported(told: dict[str, Any]) -> list[str]:
     kept = ", with the optimizer's state" if told["optimizer"] else ""
     return [
         f"exported step {told['step']} to {told['folder']}: {told['tensors']:,} tensors in {told['dtype']}, "
-        f"{told['bytes'] / 1e6:,.1f} MB in {told['files']} file(s){kept}"
+        f"{told['bytes'] / 1e6:,.1f} MB in {told['files']} file(s){kept}",
+        *(f"note: {note}" for note in told["notes"]),
     ]
 
 

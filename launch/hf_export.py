@@ -6,7 +6,7 @@ Slices of the checkpoint go straight into the new files, a few megabytes at a ti
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ from data.mixture import MixedDataset, open_data
 from data.tokenizer import Tokenizer, load_tokenizer
 from launch.config import Config, ConfigError, from_tables
 from launch.hf_folder import INDEX
+from launch.hf_readers import reader_notes
 from launch.hf_state import flat_chunks, grouped, write_state
-from launch.hf_tokenizer import generation_config, tokenizer_files
+from launch.hf_tokenizer import begins_texts, tokenizer_files
 from launch.load import committed_checkpoints
 from launch.model_card import model_card
-from model.hf_config import export_problems, to_hf
+from launch.run_tokenizer import KeptTokenizer, kept_tokenizer, mismatch, same_ids
+from model.hf_config import export_problems, readable_positions, to_hf
 from model.hf_names import HfTensor, hf_tensors, logical_tensors
 from parallel.checkpoint import CheckpointError, CheckpointReader, Saved, damaged_files, open_checkpoint, step_of
 from parallel.safetensors_file import Entry, write_entries
@@ -43,7 +45,8 @@ class ExportOptions:
     dtype: of the weights (the bias stays in fp32); None takes the run's own precision, and fp32 with the optimizer.
     step: of the checkpoint; None is the newest. shard_gb: largest file of weights, in 10^9 bytes.
     with_optimizer: keep what training needs, so that an import goes on as if nothing had happened.
-    tokenizer: a tokenizer.json, for a run whose data is gone.
+    tokenizer: a tokenizer.json, for a run that has none of its own and whose data is gone, or whose data has another.
+    prediction_layers: whether they go along; readers that do not know them list their tensors as unexpected.
     """
 
     dtype: Dtype | None = None
@@ -51,13 +54,14 @@ class ExportOptions:
     shard_gb: float = 5.0
     with_optimizer: bool = False
     tokenizer: Path | None = None
+    prediction_layers: bool = True
 
 
 def export(run: Path, out: Path, options: ExportOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Writes the folder under a draft name and renames it when it is whole.
 
     Returns:
-        What was written: folder, step, dtype, tensors, bytes, files.
+        What was written: folder, step, dtype, tensors, bytes, files; notes on what single readers need.
 
     Raises:
         ConfigError: everything that stands against it. DataError: the tokenizer cannot be read.
@@ -68,7 +72,12 @@ def export(run: Path, out: Path, options: ExportOptions, progress: Progress | No
         problems.append(f"--shard-gb = {options.shard_gb} must be above 0")
     saved = _checkpoint(run, options.step, problems)
     config = from_tables(saved.manifest["config"])
+    if not options.prediction_layers:
+        if options.with_optimizer:
+            problems.append("--with-optimizer goes on with all of the model; leave out --without-prediction-layers")
+        config = replace(config, model=replace(config.model, num_nextn_predict_layers=0))
     problems += export_problems(config.model)
+    config, notes = _within_reach(config, options, problems)
     dtype: Dtype = options.dtype or ("fp32" if options.with_optimizer else config.train.precision)
     if options.with_optimizer and dtype != "fp32":
         problems.append("--with-optimizer needs --dtype fp32: training goes on from the fp32 weights")
@@ -91,12 +100,13 @@ def export(run: Path, out: Path, options: ExportOptions, progress: Progress | No
     wrong = damaged_files(saved)
     if wrong:
         raise CheckpointError("; ".join(wrong))
-    tokenizer, dataset = _tokenizer(config, options.tokenizer)
+    tokenizer, kept, dataset = _tokenizer(run, config, options.tokenizer)
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        for name, text in _texts(run, saved, config, tokenizer, dataset, dtype, weights).items():
+        notes += reader_notes(config.model, tokenizer.spec)
+        for name, text in _texts(run, saved, config, tokenizer, kept, dataset, dtype, weights, notes).items():
             (draft / name).write_text(text, encoding="utf-8")
         told = _write(draft, config, saved, entries, dtype, options, total, progress)
         draft.rename(out)
@@ -104,7 +114,29 @@ def export(run: Path, out: Path, options: ExportOptions, progress: Progress | No
         shutil.rmtree(draft, ignore_errors=True)
         if dataset is not None:
             dataset.close()
-    return {"folder": str(out), "step": saved.step, "dtype": dtype, **told}
+    return {"folder": str(out), "step": saved.step, "dtype": dtype, **told, "notes": notes}
+
+
+def _within_reach(config: Config, options: ExportOptions, problems: list[str]) -> tuple[Config, list[str]]:
+    """The configuration with no more positions than YaRN reaches, and a note where that took some away."""
+    model, most = config.model, readable_positions(config.model)
+    if most == model.max_position_embeddings or model.rope_scaling is None:
+        return config, []
+    yarn = model.rope_scaling
+    told = (
+        f"model.max_position_embeddings = {model.max_position_embeddings} exceeds rope_scaling.factor * "
+        f"original_max_position_embeddings = {yarn.factor:g} * {yarn.original_max_position_embeddings} = {most}, where "
+        "vLLM's table of angles ends and its engine dies"
+    )
+    if options.with_optimizer or config.data.seq_len > most:
+        why = "--with-optimizer keeps the model as it is" if options.with_optimizer else (
+            f"data.seq_len = {config.data.seq_len} was trained on"
+        )  # fmt: skip
+        problems.append(
+            f"{told}; {why}, so that config.json cannot say {most}: train with max_position_embeddings = {most}"
+        )
+        return config, []
+    return replace(config, model=replace(model, max_position_embeddings=most)), [f"{told}; config.json says {most}"]
 
 
 def _checkpoint(run: Path, step: int | None, problems: list[str]) -> Saved:
@@ -121,24 +153,40 @@ def _trained(config: Config) -> dict[str, tuple[int, ...]]:
     return {one.name: one.shape for one in found if not one.parts[0].fp32}
 
 
-def _tokenizer(config: Config, given: Path | None) -> tuple[Tokenizer, Dataset | MixedDataset | None]:
-    """The run's tokenizer, and its data for the card where that is at hand."""
+def _tokenizer(
+    run: Path, config: Config, given: Path | None
+) -> tuple[Tokenizer, KeptTokenizer | None, Dataset | MixedDataset | None]:
+    """The model's tokenizer, what the run keeps of it, and the run's data for the card where that is at hand.
+
+    Raises:
+        ConfigError: the data, or the file that was given, has another tokenizer than the model.
+        DataError: there is none.
+    """
+    kept = kept_tokenizer(run)
     try:
         dataset = open_data(config.data) if config.data.mode == "indexed" else None
-        own = dataset.tokenizer if dataset else foreign_tokenizer(config.data)
+        of_data = dataset.tokenizer if dataset else foreign_tokenizer(config.data)
     except DataError as error:
-        if given is None:
+        if given is None and kept is None:
             raise DataError(f"{error}. The run's tokenizer lies there; --tokenizer FILE gives it otherwise") from error
-        dataset, own = None, None
+        dataset, of_data = None, None
+    own = kept.tokenizer if kept is not None else of_data
     tokenizer = load_tokenizer(given) if given is not None else own
     assert tokenizer is not None
-    if own is not None and tokenizer.fingerprint != own.fingerprint:
-        raise ConfigError([f"--tokenizer {given} is not the tokenizer of {config.data.path}; leave it out"])
+    if given is not None and own is not None and not same_ids(own, tokenizer):
+        raise ConfigError(
+            [f"--tokenizer {given} is not the tokenizer of {kept.path if kept else config.data.path}; leave it out"]
+        )
+    if given is None and kept is not None and of_data is not None:
+        wrong = mismatch(f"data.path = {config.data.path}", of_data, kept.path, kept.tokenizer)
+        if wrong is not None:
+            raise ConfigError([f"{wrong}; --tokenizer {kept.path} exports the model with its own"])
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            [f"--tokenizer {given} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"]
-        )
-    return tokenizer, dataset
+            [f"the tokenizer {given or tokenizer.spec} has {tokenizer.vocab_size} tokens, the model "
+             f"{config.model.vocab_size}"]
+        )  # fmt: skip
+    return own or tokenizer, kept, dataset
 
 
 def _entries(config: Config, reader: CheckpointReader, dtype: Dtype) -> list[Entry]:
@@ -200,17 +248,21 @@ def _texts(
     saved: Saved,
     config: Config,
     tokenizer: Tokenizer,
+    kept: KeptTokenizer | None,
     dataset: Dataset | MixedDataset | None,
     dtype: Dtype,
     n_bytes: int,
+    notes: list[str],
 ) -> dict[str, str]:
     """Everything that is text, by file name."""
     eod = tokenizer.eod_id
     settings = to_hf(config.model, dtype=_NAMES[dtype], bos_token_id=eod, eos_token_id=eod)
+    settings |= kept.ids if kept is not None else {}
     datasets = dataset.datasets if isinstance(dataset, MixedDataset) else (dataset,) if dataset else ()
     return {
         "config.json": json.dumps(settings, indent=2) + "\n",
-        "generation_config.json": generation_config(eod),
-        **tokenizer_files(tokenizer, config.model.max_position_embeddings),
-        "README.md": model_card(run, saved, config, datasets, tokenizer.spec, dtype, n_bytes),
+        **tokenizer_files(tokenizer, config.model.max_position_embeddings, kept),
+        "README.md": model_card(
+            run, saved, config, datasets, tokenizer.spec, dtype, n_bytes, begins_texts(tokenizer, kept), notes
+        ),
     }

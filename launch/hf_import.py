@@ -15,11 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import DataError
+from data.tokenizer import Tokenizer
 from launch import runfolder
 from launch.config import Config, ConfigError, dump, for_debug, from_tables, layout_problems, read, section_problems
 from launch.hf_folder import HfFolder, open_folder
 from launch.hf_state import MOMENTS, SavedState, read_state
 from launch.hf_weights import HfWeights
+from launch.run_tokenizer import (
+    FILE,
+    FOLDER,
+    data_tokenizer,
+    keep_published,
+    mismatch,
+    other_end,
+    read_published,
+    unread_tokenizers,
+)
 from launch.runfolder import RunFolder
 from launch.schema import override, parse, show
 from model.config import ModelConfig
@@ -38,6 +50,7 @@ class ImportOptions:
     assignments: `key.path=value` each, on top; the model's are the folder's.
     weights_only: leave the optimizer's state behind. ignore_auto_map: see `open_folder`.
     shard_gb: largest file of the checkpoint, in 10^9 bytes.
+    other_tokenizer: leave the folder's tokenizer behind: the model is trained on the ids of the data's from now on.
     """
 
     config: str = ""
@@ -45,6 +58,7 @@ class ImportOptions:
     weights_only: bool = False
     ignore_auto_map: bool = False
     shard_gb: float = 4.0
+    other_tokenizer: bool = False
 
 
 def import_folder(source: Path, out: Path, options: ImportOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -70,6 +84,11 @@ def import_folder(source: Path, out: Path, options: ImportOptions, progress: Pro
     config = _config(options, model, state, problems)
     if model is None or problems:
         raise ConfigError([f"{source / 'config.json'}: {one}" if model is None else one for one in problems])
+    tokenizer = None if options.other_tokenizer else _tokenizer(source, out, config, problems, notes)
+    if options.other_tokenizer:
+        notes.append(
+            "the folder's tokenizer is left behind, as --other-tokenizer asks: the data's ids are new to the model"
+        )
     weights = HfWeights(folder, model, problems)
     shapes = {one.name: one.shape for one in logical_tensors(model)}
     biases = {f"{layer}.mlp.gate.e_score_correction_bias" for layer in model.moe_layers}
@@ -87,6 +106,8 @@ def import_folder(source: Path, out: Path, options: ImportOptions, progress: Pro
     try:
         run = RunFolder(draft)
         run.create(dump(config))
+        if tokenizer is not None:
+            keep_published(source, draft, tokenizer, folder.config)
         write_whole(run.checkpoints, step, tensors, extra, int(options.shard_gb * 1e9), progress)
         run.event(
             "import", cause=f"from {source}", step=step, model_type=folder.config["model_type"],
@@ -129,6 +150,44 @@ def _model(folder: HfFolder, problems: list[str], notes: list[str]) -> ModelConf
         )
         model = replace(model, num_nextn_predict_layers=0)
     return model
+
+
+def _tokenizer(source: Path, out: Path, config: Config, problems: list[str], notes: list[str]) -> Tokenizer | None:
+    """The folder's own tokenizer, which the run keeps; appends what stands against it and against the data's."""
+    try:
+        own = read_published(source)
+    except DataError as error:
+        problems.append(f"{error}; --other-tokenizer leaves the folder's tokenizer behind")
+        return None
+    if own is None:
+        others = unread_tokenizers(source)
+        there = f"{', '.join(others)} cannot be read" if others else "there is none of another kind either"
+        notes.append(
+            f"the folder has no tokenizer.json ({there}): the run takes the data's tokenizer, and whether that is the "
+            "model's cannot be checked"
+        )
+        return None
+    if own.vocab_size > config.model.vocab_size:
+        problems.append(
+            f"{source / FILE} has {own.vocab_size} tokens and config.json vocab_size = {config.model.vocab_size}; take "
+            "the files that belong together, or leave the tokenizer behind with --other-tokenizer"
+        )
+        return None
+    kept = out / FOLDER / FILE
+    try:
+        theirs = data_tokenizer(config.data)
+    except DataError as error:
+        notes.append(f"the data is not there yet ({error}); pack it with the model's tokenizer: --tokenizer {kept}")
+        return own
+    wrong = mismatch(f"data.path = {config.data.path}", theirs, source / FILE, own)
+    if wrong is not None:
+        problems.append(
+            f"{wrong}; pack the data with the model's: trimtab data pack SOURCE --tokenizer {source / FILE}, and name "
+            "it with data.path=DIR; --other-tokenizer trains the model on the data's ids all the same"
+        )
+    elif (told := other_end(theirs, own)) is not None:
+        notes.append(told)
+    return own
 
 
 def _config(options: ImportOptions, model: ModelConfig | None, state: SavedState | None, problems: list[str]) -> Config:

@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 
 from data.dataset import Dataset
+from data.errors import DataError
 from data.foreign import foreign_tokenizer
 from data.mixture import MixedDataset, open_data
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from launch.config import Config, ConfigError, from_tables, read
 from launch.resume import checkpoint_root
+from launch.run_tokenizer import kept_tokenizer, mismatch, same_ids
 from launch.runfolder import RunFolder
 from launch.session import bias_buffers
 from model.exchange import LocalExchange
@@ -30,17 +32,17 @@ from parallel.roots import Root, readable
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's model on one device, with what belongs to it; `dataset` is None for data.mode = "stream"."""
+    """A run's model on one device, with what belongs to it.
+
+    dataset: None where there is none to be had; `no_data` says why. tokenizer: the model's own.
+    """
 
     config: Config
     saved: Saved
     model: Transformer
     dataset: Dataset | MixedDataset | None
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the data that the run was trained on."""
-        return self.dataset.tokenizer if self.dataset else foreign_tokenizer(self.config.data)
+    tokenizer: Tokenizer
+    no_data: str = ""
 
 
 def committed_checkpoints(folder: Path) -> list[Root]:
@@ -78,22 +80,27 @@ def checkpoint_at(folder: Path, step: int | None) -> Saved:
     return open_checkpoint(found[-1])
 
 
-def load_run(folder: Path, device: torch.device | None = None, step: int | None = None) -> LoadedRun:
+def load_run(
+    folder: Path, device: torch.device | None = None, step: int | None = None, tokenizer: Path | None = None
+) -> LoadedRun:
     """Loads weights (the fp32 masters) and biases into one process.
 
     Args:
         folder: the run's folder.
         device: where the model goes; None is the CPU.
         step: which checkpoint; None is the newest.
+        tokenizer: the model's tokenizer.json, for a run whose data is gone or has another; the data is left alone.
 
     Raises:
-        ConfigError: no run, or no such checkpoint. CheckpointError: a damaged file, named.
+        ConfigError: no run, no such checkpoint, or data with another tokenizer than the model's.
+        CheckpointError: a damaged file, named. DataError: no tokenizer is to be had.
     """
     saved = checkpoint_at(folder, step)
     wrong = damaged_files(saved)
     if wrong:
         raise CheckpointError("; ".join(wrong))
     config = from_tables(saved.manifest["config"])
+    own, dataset, no_data = _tokenizer_and_data(folder, config, tokenizer)
     model = Transformer(config.model, LocalExchange())
     reader = CheckpointReader(saved)
     experts = local_experts(model)
@@ -108,5 +115,37 @@ def load_run(folder: Path, device: torch.device | None = None, step: int | None 
     model.eval()
     if device is not None:
         model.to(device)
-    dataset = open_data(config.data) if config.data.mode == "indexed" else None
-    return LoadedRun(config, saved, model, dataset)
+    return LoadedRun(config, saved, model, dataset, own, no_data)
+
+
+def _tokenizer_and_data(
+    folder: Path, config: Config, given: Path | None
+) -> tuple[Tokenizer, Dataset | MixedDataset | None, str]:
+    """The model's tokenizer, its data, and why there is none; the two are checked against each other."""
+    kept = kept_tokenizer(folder)
+    if given is not None:
+        tokenizer = load_tokenizer(given)
+        if kept is not None and not same_ids(kept.tokenizer, tokenizer):
+            raise ConfigError([f"--tokenizer {given} is not the model's own, {kept.path}; leave it out"])
+        return kept.tokenizer if kept else tokenizer, None, f"--tokenizer {given} was given in place of the data"
+    if config.data.mode != "indexed":
+        tokenizer = kept.tokenizer if kept else foreign_tokenizer(config.data)
+        return tokenizer, None, 'the run reads data.mode = "stream", which holds nothing out'
+    try:
+        dataset = open_data(config.data)
+    except DataError as error:
+        if kept is None:
+            raise DataError(f"{error}. The run's tokenizer lies there") from error
+        return kept.tokenizer, None, f"the run's data cannot be read: {error}"
+    if kept is None:
+        return dataset.tokenizer, dataset, ""
+    try:
+        wrong = mismatch(f"data.path = {config.data.path}", dataset.tokenizer, kept.path, kept.tokenizer)
+    except DataError:
+        dataset.close()
+        raise
+    if wrong is not None:
+        dataset.close()
+        raise ConfigError([f"{wrong}; put the data back that the run was trained on, or leave it alone and give the "
+                           f"model's own tokenizer: --tokenizer {kept.path}"])  # fmt: skip
+    return kept.tokenizer, dataset, ""

@@ -16,13 +16,23 @@ WINDOW = 20  # steps that a figure is averaged over
 
 
 def model_card(
-    run: Path, saved: Saved, config: Config, datasets: Iterable[Dataset], tokenizer: str, dtype: str, n_bytes: int
+    run: Path,
+    saved: Saved,
+    config: Config,
+    datasets: Iterable[Dataset],
+    tokenizer: str,
+    dtype: str,
+    n_bytes: int,
+    begins: bool = True,
+    notes: Sequence[str] = (),
 ) -> str:
     """README.md with its front matter.
 
     Args:
         saved: the checkpoint that was exported. datasets: what it was trained on, empty where that is not at hand.
         tokenizer: its specification. n_bytes: of the weights.
+        begins: whether the exported tokenizer puts the end-of-document token before a text by itself.
+        notes: what single readers need to be told.
     """
     records = _records(run, saved.step)
     sources = [source for dataset in datasets for source in dataset.manifest.sources]
@@ -58,7 +68,7 @@ def model_card(
         "",
         "## Use",
         "",
-        *_use(config),
+        *_use(config, begins, notes),
     ]
     return "\n".join(parts) + "\n"
 
@@ -141,16 +151,21 @@ def _figures(run: Path, saved: Saved, records: Sequence[Mapping[str, Any]]) -> d
     return found
 
 
-def _use(config: Config) -> list[str]:
+def _use(config: Config, begins: bool, notes: Sequence[str]) -> list[str]:
+    prompt = '"def "' if begins else 'tokenizer.bos_token + "def "'
     lines = [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
-        'ids = tokenizer("def ", return_tensors="pt")',
+        f'ids = tokenizer({prompt}, return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))",
         "```",
     ]
+    if not begins:
+        lines += ["", "Every text began with the end token in training; this tokenizer does not add it by itself."]
+    if notes:
+        lines += ["", *(f"- {note}" for note in notes)]
     if config.model.num_nextn_predict_layers and model_type(config.model) == "deepseek_v3":
         layer = config.model.num_hidden_layers
         layers = "|".join(str(layer + k) for k in range(config.model.num_nextn_predict_layers))

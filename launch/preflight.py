@@ -23,6 +23,7 @@ from launch.config import (
 )
 from launch.devices import device_problems
 from launch.resume import refused_changes, saved_config
+from launch.run_tokenizer import training_problems
 from parallel.remote import is_remote
 
 
@@ -89,7 +90,7 @@ def check(
     if data is not None:
         notes.append(_reusing(data))
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
-    done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes)
+    done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes, builtin)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     keys = tuple(accepted or ())
@@ -240,6 +241,7 @@ def _check_run(
     data: Description | None,
     problems: list[str],
     notes: list[str],
+    builtin: str = "",
 ) -> bool:
     """Appends what is wrong with the run's folder; returns whether the run is complete."""
     wrong = runfolder.problem(folder)
@@ -261,6 +263,7 @@ def _check_run(
         )
         return False
     problems += refused_changes(saved.config, config, accepted)
+    problems += training_problems(folder, config.data, builtin, accepted)
     trained_on = saved.fingerprint()
     if data is not None and trained_on and trained_on != data.fingerprint and not {"data", "data.path"} & set(accepted):
         problems.append(

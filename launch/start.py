@@ -17,6 +17,7 @@ from launch.config import dump
 from launch.lock import only_driver
 from launch.preflight import Plan, pack_if_needed
 from launch.resume import checkpoint_root
+from launch.run_tokenizer import keep_for_training
 from launch.runfolder import RunFolder
 from launch.sections import read_place
 from launch.supervise import NAMES, Launch, largest_world, newest_committed, run_supervised
@@ -66,6 +67,9 @@ def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, 
         pack_if_needed(plan, say)
         run = RunFolder(plan.run)
         run.create(dump(plan.config))
+        told = keep_for_training(run.path, plan.config.data, plan.accepted)
+        if told is not None:
+            say(told)
         before = round(time.monotonic() - began, 3)
         run.event("launch", cause=cause, launcher=plan.launcher, workers=plan.world_size, seconds_before=before)
         run.close()

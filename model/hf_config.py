@@ -107,6 +107,15 @@ def export_problems(config: ModelConfig) -> list[str]:
     return found
 
 
+def readable_positions(config: ModelConfig) -> int:
+    """Positions that every reader of the folder can go to.
+
+    vLLM's table of YaRN's angles has factor * original_max_position_embeddings rows, and its engine dies behind them.
+    """
+    yarn, longest = config.rope_scaling, config.max_position_embeddings
+    return longest if yarn is None else min(longest, int(yarn.factor * yarn.original_max_position_embeddings))
+
+
 def to_hf(config: ModelConfig, *, dtype: str, bos_token_id: int, eos_token_id: int) -> dict[str, Any]:
     """The contents of config.json.
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.hf_export import ExportOptions, export
-from model.config import ModelConfig
+from model.config import ModelConfig, YarnConfig
 from model.hf_config import to_hf
 from model.transformer import Transformer
 from tests.unit import hf_cases
@@ -114,6 +114,40 @@ def test_theirs_in_ours(kind: str, seed: int, tmp_path: Path, record_property) -
     assert_same(hf_cases.load_model(reader, config), theirs, prompts(config, seed), record_property)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe_lite", "kimi_k2"])
+def test_published_shapes_of_others(kind: str, tmp_path: Path, record_property) -> None:
+    """Fields that are missing, an epsilon of the latents' own, YaRN with equal betas: as transformers computes them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    yarn = YarnConfig(factor=4.0, original_max_position_embeddings=64, beta_fast=1.0, beta_slow=1.0)
+    base = replace(
+        hf_cases.random_config(103, "v3"), hidden_size=32, num_attention_heads=2, num_hidden_layers=2, n_group=8,
+        topk_group=4, n_routed_experts=16, num_experts_per_tok=3, first_k_dense_replace=1, num_nextn_predict_layers=0,
+        rope_scaling=yarn if kind == "kimi_k2" else None, rms_norm_eps=1e-5 if kind == "glm4_moe_lite" else 1e-6,
+    )  # fmt: skip
+    table = to_hf(base, dtype="float32", bos_token_id=0, eos_token_id=0)
+    for name in ("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "rms_norm_eps"):
+        del table[name]
+    table["model_type"] = "deepseek_v3" if kind == "kimi_k2" else kind  # transformers knows Kimi-K2 under no other name
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "config.json").write_text(json.dumps(table))
+    torch.manual_seed(0)
+    made = AutoConfig.from_pretrained(tmp_path / "made")
+    theirs = AutoModelForCausalLM.from_config(made, experts_implementation="eager").float()
+    for name, values in (*theirs.named_parameters(), *theirs.named_buffers()):
+        if "layernorm" in name or name.endswith("norm.weight"):
+            values.data.uniform_(0.5, 1.5)
+        elif name.endswith("e_score_correction_bias"):
+            values.data.normal_(0, 0.2)
+        elif "kv_a_proj" in name or "q_a_proj" in name or "embed" in name:
+            values.data.mul_(0.02)  # latents so small that the epsilon counts
+    theirs.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**table, "model_type": kind}))
+    reader = hf_cases.bring_in(tmp_path / "hf", tmp_path)
+    config = hf_cases.model_config_of(tmp_path / "imported")
+    assert_same(hf_cases.load_model(reader, config), theirs, prompts(config, 0), record_property)
+
+
 def test_the_tokenizer_and_greedy_text_with_and_without_prediction_layers(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -128,7 +162,13 @@ def test_the_tokenizer_and_greedy_text_with_and_without_prediction_layers(tmp_pa
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
-    assert chat == "<|endoftext|>user: hi\n\nassistant:"
+    assert chat == "user: hi\n\nassistant:" and tokenizer(chat).input_ids[:2] == [256, ord("u")]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}] * 2
+    told = tokenizer.apply_chat_template(
+        turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, truncation=False
+    )
+    marked = [token for token, said in zip(told["input_ids"], told["assistant_masks"], strict=True) if said]
+    assert marked == [*b" yes", 256, *b" yes", 256]
 
     theirs, _ = theirs_of(tmp_path / "hf")
     text = theirs.generate(**prompt, max_new_tokens=12, do_sample=False)[0].tolist()
