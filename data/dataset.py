@@ -256,6 +256,11 @@ class Dataset:
             self._tokenizer = tokenizer
         return self._tokenizer
 
+    @property
+    def lossless(self) -> bool:
+        """Whether the held-out documents' tokens stand for all of their bytes, see `Manifest.lossless`."""
+        return self.manifest.lossless
+
     def heldout_documents(self) -> Iterator[HeldoutDocument]:
         """Yields the held-out documents in their stored order."""
         names = self._heldout_names()

@@ -235,6 +235,11 @@ class MixedDataset:
         """The tokenizer of all sources."""
         return self.datasets[0].tokenizer
 
+    @property
+    def lossless(self) -> bool:
+        """Whether every source is, see `Dataset.lossless`."""
+        return all(dataset.lossless for dataset in self.datasets)
+
     def heldout_documents(self) -> Iterator[HeldoutDocument]:
         """The held-out documents of all sources."""
         for dataset in self.datasets:

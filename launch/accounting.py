@@ -5,7 +5,7 @@
     saving       training stood still for a checkpoint
     starting     processes, rendezvous, assembly, loading, the first batch, warm-up and compilation
     stopping     from the last step or save to the end of the launcher
-    evaluation   held-out documents, after training
+    evaluation   held-out documents, while training goes on (train.evaluate_every_steps) and behind its end
 
 Time between two launches is nobody's. Goodput is productive over all; time to recover is from a failure (the last sign
 of the rank that failed) to the start of the next step that stays in the history.
@@ -108,10 +108,16 @@ class Running:
         """Takes one step's record, done at `now`; returns scalars for TensorBoard."""
         passed, self._now = max(0.0, now - self._now), now
         saved = min(passed, figures.get("save_seconds") or 0.0)
+        evaluated = min(passed - saved, figures.get("evaluation_seconds") or 0.0)
         self._seconds["saving"] += saved
-        self._seconds["lost" if figures.get("skipped") else "productive"] += passed - saved
+        self._seconds["evaluation"] += evaluated
+        self._seconds["lost" if figures.get("skipped") else "productive"] += passed - saved - evaluated
         wall = sum(self._seconds.values())
-        tags = {f"time/{kind}_seconds": seconds for kind, seconds in self._seconds.items() if kind != "evaluation"}
+        tags = {
+            f"time/{kind}_seconds": seconds
+            for kind, seconds in self._seconds.items()
+            if kind != "evaluation" or seconds  # behind the end of training there is no curve
+        }
         return {"time/goodput": self._seconds["productive"] / wall, **tags} if wall else tags
 
 

@@ -8,7 +8,8 @@ GROUP_OF_KEY = {  # the headings under which TensorBoard shows the figures
     "step_seconds": "speed", "tokens_per_second": "speed", "mfu": "speed", "data_wait_seconds": "speed",
     "all_to_all_seconds": "speed", "exposed_all_to_all_seconds": "speed", "waiting_seconds": "speed",
     "bytes_sent": "speed", "memory_gib": "memory", "slowest_rank": "speed", "slowest_rank_ratio": "speed",
-    "save_seconds": "speed",
+    "save_seconds": "speed", "evaluation_seconds": "speed",
+    "heldout_loss": "evaluation", "heldout_bits_per_byte": "evaluation",
     "max_vio": "balance", "max_vio_rank": "balance", "max_vio_floor": "balance", "dead_experts": "balance",
     "bias_abs_max": "balance", "bias_rate": "balance", "changed_by_bias_share": "balance", "gate_entropy": "balance",
     "tokens": "progress", "epoch": "progress", "world_size": "progress",
@@ -52,7 +53,9 @@ def chart_layout() -> dict[str, dict[str, list[str]]]:
             ],
             "slowest rank: own time over the middle rank's": ["speed/slowest_rank_ratio$"],
             "goodput: productive share of all time": ["time/goodput$"],
-            "where the time went (seconds so far)": ["time/(productive|lost|saving|starting|stopping)_seconds$"],
+            "where the time went (seconds so far)": [
+                "time/(productive|lost|saving|starting|stopping|evaluation)_seconds$"
+            ],
         },
     }
 

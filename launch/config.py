@@ -55,6 +55,8 @@ class TrainConfig:
     seed: seed of the weights' start values.
     precision: number format of the computation; `bf16` keeps fp32 master weights beside it.
     mtp_loss_weight: weight of the mean multi-token-prediction loss (DeepSeek-V3: 0.3, later 0.1).
+    evaluate_every_steps: optimizer steps between two evaluations of the held-out documents while the run goes on, whose
+        loss forms a curve; 0 evaluates at the end alone. The run itself is the same with and without them.
     finite_checks: check every tensor that crosses a layer and name the first that is not finite (slow; for debugging).
     """
 
@@ -64,6 +66,7 @@ class TrainConfig:
     seed: Annotated[int, "[0, 9223372036854775808)"] = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     mtp_loss_weight: Annotated[float, "[0, 1000]"] = 0.3
+    evaluate_every_steps: Annotated[int, "[0, 1e9]"] = 0
     finite_checks: bool = False
 
     def problems(self) -> list[str]:
@@ -72,6 +75,11 @@ class TrainConfig:
         for key in ("steps", "global_batch_size", "micro_batch_size"):
             if getattr(self, key) < 1:
                 found.append(f"train.{key} = {getattr(self, key)} must be at least 1")
+        if self.evaluate_every_steps < 0:
+            found.append(
+                f"train.evaluate_every_steps = {self.evaluate_every_steps} must not be negative; use 0 to evaluate at "
+                "the end alone"
+            )
         if self.mtp_loss_weight < 0:
             found.append(f"train.mtp_loss_weight = {self.mtp_loss_weight} must not be negative; 0 switches it off")
         return found
@@ -324,6 +332,11 @@ def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list
             f"guard.rollback_steps = {config.guard.rollback_steps} goes back in the data, which data.mode = "
             '"stream" cannot; use 0, or pack the data'
         )
+    if train.evaluate_every_steps and data.mode == "stream":
+        found.append(
+            f"train.evaluate_every_steps = {train.evaluate_every_steps} needs held-out documents, which plain tar "
+            'files (data.mode = "stream") do not have; use 0, or pack the data'
+        )
     if config.balance.moves_bias and not model.uses_bias:
         found.append(
             f'balance.rule = "{config.balance.rule}" moves a bias that model.topk_method = "{model.topk_method}" '
@@ -335,6 +348,15 @@ def layout_problems(config: Config, launcher: Launcher, world_size: int) -> list
             "use zero_stage 1, 2 or 3"
         )
     return found
+
+
+def no_heldout(config: Config) -> str:
+    """That a run cannot evaluate as it trains, and what to do."""
+    where = ", ".join(config.data.mixture) or config.data.path
+    return (
+        f"train.evaluate_every_steps = {config.train.evaluate_every_steps} needs held-out documents, and {where} holds "
+        "none; use 0, or pack the data with a share of them (`trimtab data pack --heldout 0.02`)"
+    )
 
 
 def secret_problems(tables: Mapping[str, Any]) -> list[str]:

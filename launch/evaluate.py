@@ -3,10 +3,11 @@
 # B batch, S window, D documents, M MoE layers (prediction modules included), E routed experts
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,22 +93,18 @@ def predict(
         batch_size: windows in a forward.
     """
     listed = list(documents)
-    pieces: list[tuple[Tensor, Tensor, int, int]] = []  # inputs, targets, first target that counts, document
-    for number, document in enumerate(listed):
-        stream = torch.cat((torch.tensor([eod_id]), torch.from_numpy(document.tokens)))
-        pieces += [(*piece, number) for piece in _windows(stream, window, stride or max(1, window // 2))]
+    pieces = [
+        (piece, number)
+        for number, document in enumerate(listed)
+        for piece in windows_of(document, eod_id, window, stride or max(1, window // 2))
+    ]
     device = next(model.parameters()).device
     total, n_tokens = 0.0, 0
     with counted_choices(model, len(listed)) as counter:
         for first in range(0, len(pieces), batch_size):
             chunk = pieces[first : first + batch_size]
-            tokens = torch.full((len(chunk), window), eod_id, dtype=torch.int64)
-            targets = torch.full((len(chunk), window), eod_id, dtype=torch.int64)
-            counts = torch.zeros((len(chunk), window), dtype=torch.bool)
-            for row, (inputs, wanted, start, _) in enumerate(chunk):
-                tokens[row, : len(inputs)], targets[row, : len(wanted)] = inputs, wanted
-                counts[row, start : len(wanted)] = True
-            counter.expect(counts, [document for *_, document in chunk])
+            tokens, targets, counts = laid_out([piece for piece, _ in chunk], len(chunk), window, eod_id)
+            counter.expect(counts, [document for _, document in chunk])
             losses = model(tokens.to(device), None, targets.to(device)).token_losses
             total += float(losses.double()[counts.to(device)].sum())
             n_tokens += int(counts.sum())
@@ -170,13 +167,36 @@ def counted_choices(model: Transformer, n_documents: int) -> Iterator[ChoiceCoun
             hook.remove()
 
 
-def _windows(stream: Tensor, window: int, stride: int) -> list[tuple[Tensor, Tensor, int]]:
-    """Cuts a document (n + 1,) into windows; every token but the first is a counted target once."""
+class Window(NamedTuple):
+    """A part of a document: inputs and targets (n,) int64, n up to the window, and the first target that counts."""
+
+    inputs: Tensor
+    targets: Tensor
+    first: int
+
+
+def windows_of(document: HeldoutDocument, eod_id: int, window: int, stride: int) -> list[Window]:
+    """Cuts a document, with the end token before it, into windows; every token is a counted target once."""
+    stream = torch.cat((torch.tensor([eod_id]), torch.from_numpy(document.tokens)))
     inputs, targets = stream[:-1], stream[1:]
     found, counted, start = [], 0, 0
     while counted < len(targets):
         stop = min(start + window, len(targets))
-        found.append((inputs[start:stop], targets[start:stop], counted - start))
+        found.append(Window(inputs[start:stop], targets[start:stop], counted - start))
         counted = stop
         start += stride
     return found
+
+
+def laid_out(windows: Sequence[Window], rows: int, window: int, eod_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows as rows of one batch: tokens and targets (rows, window) int64, and which targets count, bool.
+
+    What the windows do not fill holds the end token and does not count.
+    """
+    tokens = torch.full((rows, window), eod_id, dtype=torch.int64)
+    targets = torch.full((rows, window), eod_id, dtype=torch.int64)
+    counts = torch.zeros((rows, window), dtype=torch.bool)
+    for row, (inputs, wanted, first) in enumerate(windows):
+        tokens[row, : len(inputs)], targets[row, : len(wanted)] = inputs, wanted
+        counts[row, first : len(wanted)] = True
+    return tokens, targets, counts

@@ -21,6 +21,7 @@ FIGURES = (
     "exposed_all_to_all_seconds", "waiting_seconds", "bytes_sent", "mfu", "memory_gib", "max_vio", "max_vio_rank",
     "max_vio_floor", "dead_experts",
     "bias_abs_max", "bias_rate", "changed_by_bias_share", "gate_entropy", "tokens",
+    "heldout_loss", "heldout_bits_per_byte",
 )  # fmt: skip
 
 
@@ -214,7 +215,8 @@ def summarize_history(history: History) -> dict[str, Any]:
     """A run in a few numbers; None where a figure was never measured.
 
     ``loss_first`` is the first step's. ``loss_last``, ``mtp_loss_last``, ``max_vio_first``, ``max_vio_last`` and
-    the other ``..._last`` are means over ``window_steps``: a tenth of the run, at most 20 steps. Shares are of the
+    the other ``..._last`` are means over ``window_steps``: a tenth of the run, at most 20 steps; those of held-out
+    documents are the newest ones, of evaluations in the course of training. Shares are of the
     summed step time. Speed, MFU and bytes are medians over the steps, so that a save or a warm-up does not move them.
     """
     n = len(history.steps)
@@ -236,6 +238,8 @@ def summarize_history(history: History) -> dict[str, Any]:
         "train_seconds": float(busy),
         "loss_first": _mean(figure["loss"][:1]),
         "loss_last": _mean(figure["loss"][-window:]),
+        "heldout_loss_last": _last(figure["heldout_loss"]),
+        "heldout_bits_per_byte_last": _last(figure["heldout_bits_per_byte"]),
         "mtp_loss_last": _mean(figure["mtp_loss"][-window:]),
         "tokens_per_second": _percentile(figure["tokens_per_second"], 50),
         "tokens_per_second_p10": _percentile(figure["tokens_per_second"], 10),
@@ -262,6 +266,12 @@ def waiting_name(figure: Mapping[str, np.ndarray]) -> str:
     """The time that steps stood still for all-to-all; older records have only its whole time, which was the same."""
     exposed = "exposed_all_to_all_seconds"
     return exposed if np.isfinite(figure[exposed]).any() else "all_to_all_seconds"
+
+
+def _last(values: np.ndarray) -> float | None:
+    """The newest that was measured."""
+    known = values[np.isfinite(values)]
+    return float(known[-1]) if len(known) else None
 
 
 def _mean(values: np.ndarray) -> float | None:

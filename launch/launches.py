@@ -21,7 +21,8 @@ _DECIDED = (REWIND, "resume", "recovered", "peak")  # a generation that wrote on
 class Step:
     """One line of metrics.jsonl. Times in milliseconds: `at` on the launch's axis, when the step was over.
 
-    took: since the step before, or since training began. waited: of these for data. saved: stood still for saves.
+    took: since the step before, or since training began, less what was evaluated. waited: of these for data. saved:
+    stood still for saves. evaluated: the evaluation of held-out documents behind it, before the step was over.
     kept: whether it is part of the run's history. skipped: whether the guard left the weights as they were.
     """
 
@@ -32,6 +33,7 @@ class Step:
     saved: int
     kept: bool
     skipped: bool
+    evaluated: int = 0
 
 
 @dataclass
@@ -79,7 +81,8 @@ def read_launches(run: RunFolder) -> list[Launch]:
 
 
 def _slim(record: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("step", "time", "seconds", "process", "step_seconds", "data_wait_seconds", "save_seconds", "skipped")
+    names = ("step", "time", "seconds", "process", "step_seconds", "data_wait_seconds", "save_seconds", "skipped",
+             "evaluation_seconds")  # fmt: skip
     return {name: record.get(name) for name in names}
 
 
@@ -181,6 +184,7 @@ def _fill(
         Step(
             line["step"], at(line), _ms(line.get("step_seconds")), _ms(line.get("data_wait_seconds")),
             _ms(line.get("save_seconds")), kept, bool(line.get("skipped")),
+            _ms(line.get("evaluation_seconds")),
         )
         for kept, line in lines
     ]  # fmt: skip

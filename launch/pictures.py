@@ -60,8 +60,14 @@ def _of_loss(folder: Path, history: History, marks: Marks) -> Shown:
 
     if not _known(history, "loss"):
         return []
-    plots.save_loss(folder / "loss.png", history.steps, history.figures["loss"], history.figures["mtp_loss"], marks)
-    return [("Loss", "loss.png", "Mean cross-entropy of the global batch. Dotted lines are events, triangles alarms.")]
+    figure = history.figures
+    plots.save_loss(
+        folder / "loss.png", history.steps, figure["loss"], figure["mtp_loss"], figure["heldout_loss"], marks
+    )
+    caption = "Mean cross-entropy of the global batch. Dotted lines are events, triangles alarms."
+    if _known(history, "heldout_loss"):
+        caption += " Points: the held-out documents, each token predicted once, by the weights behind that step."
+    return [("Loss", "loss.png", caption)]
 
 
 def _of_balance(folder: Path, history: History, spells: Sequence[Spell], layers: Sequence[str], marks: Marks) -> Shown:

@@ -22,12 +22,18 @@ ALARM = "alarm"  # the label of marks that are drawn as triangles: there may be 
 Marks = Sequence[tuple[int, str]]  # (step, what happened there), drawn as dotted lines
 
 
-def save_loss(path: Path, steps: np.ndarray, loss: np.ndarray, mtp_loss: np.ndarray, marks: Marks) -> None:
-    """Loss a step, thin, with its running mean; the multi-token prediction loss beside it where there is one."""
+def save_loss(
+    path: Path, steps: np.ndarray, loss: np.ndarray, mtp_loss: np.ndarray, heldout: np.ndarray, marks: Marks
+) -> None:
+    """Loss a step, thin, with its running mean; beside it multi-token prediction and held-out documents where known."""
     with step_figure(path, "Loss", "loss (nats per token)", steps, marks) as axes:
         noisy_line(axes, steps, loss, BLUE, "next token")
         if np.isfinite(mtp_loss).any():
             noisy_line(axes, steps, mtp_loss, ORANGE, "multi-token prediction", "--")
+        known = np.isfinite(heldout)
+        if known.any():
+            axes.plot(steps[known], heldout[known], color=GREEN, linewidth=1.6, marker="o", markersize=4,
+                      label="held-out documents", zorder=4)  # fmt: skip
         legend_below(axes)
 
 

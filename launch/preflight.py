@@ -17,6 +17,7 @@ from launch.config import (
     Launcher,
     for_debug,
     layout_problems,
+    no_heldout,
     read,
     secret_problems,
     world_size_for,
@@ -169,15 +170,22 @@ def _check_data(config: Config, problems: list[str], notes: list[str]) -> tuple[
         notes += _check_foreign(config, problems)
         return "", None
     if config.data.mixture:
-        for source in config.data.mixture:
-            found = _check_dataset(config, source, problems)
-            if found is not None:
-                notes.append(_reusing(found))
+        sources = [_check_dataset(config, source, problems) for source in config.data.mixture]
+        notes += [_reusing(found) for found in sources if found is not None]
+        _check_heldout(config, sources, problems)
         return "", None
     name = builtin_at(path)
     if name and not (Path(path) / "manifest.json").exists() and not (Path(path).exists() and any(Path(path).iterdir())):
         return name, None
-    return "", _check_dataset(config, path, problems)
+    found = _check_dataset(config, path, problems)
+    _check_heldout(config, [found], problems)
+    return "", found
+
+
+def _check_heldout(config: Config, found: list[Description | None], problems: list[str]) -> None:
+    """Appends that a run which evaluates as it trains has nothing to evaluate."""
+    if config.train.evaluate_every_steps > 0 and all(one is not None and not one.n_heldout for one in found):
+        problems.append(no_heldout(config))
 
 
 def _check_dataset(config: Config, path: str, problems: list[str]) -> Description | None:

@@ -92,6 +92,10 @@ def _opening(s: Mapping[str, Any]) -> str:
         f"{duration(s['train_seconds'])} of step time on {s['world_size']} rank(s). "
         f"Loss {_show(s['loss_first'])} at the first step, {_show(s['loss_last'])} over the last {s['window_steps']}."
     )
+    if s["heldout_loss_last"] is not None:
+        text += f" Held-out loss {_show(s['heldout_loss_last'])} at the last evaluation in the course of training"
+        bits = s["heldout_bits_per_byte_last"]
+        text += "." if bits is None else f", {_show(bits)} bits per byte."
     if s["max_vio_last"] is not None:
         text += (
             f" max_vio {_show(s['max_vio_first'])} over the first {s['window_steps']} steps, "

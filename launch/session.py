@@ -22,6 +22,7 @@ from launch.config import Config
 from launch.drills import Faults
 from launch.feed import Feed, open_feed
 from launch.guard import Guard, Verdict
+from launch.heldout import Heldout, open_heldout
 from launch.rebalance import Rebalancer
 from launch.resume import checkpoint_root
 from launch.runfolder import RunFolder
@@ -63,6 +64,7 @@ class Session:
     stop: StopFlag
     saves: Saves
     watch: GradientWatch
+    heldout: Heldout
     tokens: int = 0
     masked: int = 0  # sequences masked because a sample was damaged, all ranks
     faults: Faults = field(default_factory=Faults)
@@ -265,11 +267,6 @@ class Session:
             ranges = tuple((int(start), int(stop)) for start, stop in cursor["skip_ranges"])
             self.stream.use(Batches(self.stream.batches.phases, ranges))
 
-    def tell_data(self, step: int, last: bool = False) -> None:
-        """Writes what plain tar files held and what was left out, once: behind the first pass, or at the run's end."""
-        if news := self.feed.news(last):
-            self.telemetry.event("data", step=step, **news)
-
     def close(self) -> None:
         """Ends background work and closes files."""
         self.saves.close()
@@ -336,7 +333,8 @@ def assemble(
     )  # fmt: skip
     return Session(
         config, run, ranks, device, model, engine, balancer, biases, feed, telemetry, Guard(config.guard), alarms,
-        placement, stop, Saves(keeping, saver, telemetry), watch, faults=faults, sections=sections,
+        placement, stop, Saves(keeping, saver, telemetry), watch,
+        open_heldout(config, feed, ranks.dp, device), faults=faults, sections=sections,
         speed=open_watch(config.telemetry, ranks, engine, device, placement, telemetry, on=not plain),
     )  # fmt: skip
 

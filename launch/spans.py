@@ -92,17 +92,23 @@ def _spans(generation: Generation, over: bool) -> list[Span]:
     tape = _Tape(generation.began, generation.ended)
     steps = generation.steps
     if steps:
-        tape.until(steps[0].at - _work_of_first(steps), "starting")
-        tape.until(steps[0].at, _kind(steps[0]))
+        tape.until(steps[0].at - steps[0].evaluated - _work_of_first(steps), "starting")
+        _step(tape, steps[0])
     back = [at for at, event in generation.marks if event["kind"] == REWIND]
     for before, step in pairwise(steps):
         tape.until(tape.now + step.saved, "saving")
         for at in back:
             if before.at <= at <= step.at:
                 tape.until(at, "lost")
-        tape.until(step.at, _kind(step))
+        _step(tape, step)
     _finish(tape, generation, over)
     return tape.spans
+
+
+def _step(tape: _Tape, step: Step) -> None:
+    """A step's own work, and the evaluation behind it."""
+    tape.until(step.at - step.evaluated, _kind(step))
+    tape.until(step.at, "evaluation" if step.kept else "lost")
 
 
 def _finish(tape: _Tape, generation: Generation, over: bool) -> None:

@@ -112,6 +112,11 @@ class Telemetry:
         if self.main:
             self.console.note(event_line(self.run.event(kind, cause=cause, **fields)))
 
+    def note(self, text: str) -> None:
+        """Shows a line on the console."""
+        if self.main:
+            self.console.note(text)
+
     def alarms(self, alarms: Sequence[Alarm]) -> None:
         """Writes each alarm of one step, or end of one, as an event; the console shows the first few."""
         if not self.main:

@@ -19,7 +19,7 @@ MEANING = {
     "saving": "training stood still for a checkpoint",
     "starting": "processes, rendezvous, assembly, loading, first batch, warm-up and compilation",
     "stopping": "from the last step or save to the end of the launcher",
-    "evaluation": "held-out documents, after training",
+    "evaluation": "held-out documents, during training and behind its end",
 }
 
 

@@ -81,14 +81,15 @@ def train(session: Session, first_step: int) -> dict:
             report_skip(session, step, verdict, {"loss": loss, "grad_norm": engine.grad_norm()}, batches)
         session.at("step", step + 1, session.model)
         session.tokens += agreed.targets[0]
+        evaluated = evaluate_if_due(session, step + 1) if verdict.then == "go on" else {}
         if ranks.dp.rank == 0:
             session.run.ledger.append({**session.stream.ledger_line(step, agreed.consumed), "step": step + 1})
         extra = {
             "skipped": not verdict.keep, **session.speed.judge(step + 1, sums.own_seconds, counts),
-            **session.feed.figures(),
+            **session.feed.figures(), **evaluated,
         }  # fmt: skip
         session.telemetry.log_step(meter.record(step, sums, agreed.targets, lr, bias_rate, counts, extra))
-        session.tell_data(step + 1)
+        tell_data(session, step + 1)
         if verdict.then != "go on":
             session.saves.settle()
             ranks.dp.barrier()  # the first rank to fail ends all others: rank 0 must have written why by then
@@ -153,6 +154,23 @@ class Agreement:
     targets: list[int]
     consumed: int
     stop: bool
+
+
+def evaluate_if_due(session: Session, step: int) -> dict[str, Any]:
+    """Held-out figures behind step `step` (1-based) for its record, empty where none are due; collective."""
+    if not session.heldout.due(step):
+        return {}
+    found = session.heldout.measure(session.engine, session.stop, lambda: session.at("evaluate", step))
+    session.speed.clock.mark("agree")
+    session.ranks.ep.traffic.reset()  # what it sent is not the next step's
+    session.telemetry.note(found.line(step))
+    return found.record()
+
+
+def tell_data(session: Session, step: int, last: bool = False) -> None:
+    """Writes what plain tar files held and what was left out, once: behind the first pass, or at the run's end."""
+    if news := session.feed.news(last):
+        session.telemetry.event("data", step=step, **news)
 
 
 def read_step(session: Session, step: int) -> tuple[list[MicroBatch], DataError | None]:
@@ -237,7 +255,7 @@ class Meter:
         """One step's record; `sums`, `targets` and `counts` are global, `extra` are further figures."""
         session = self.session
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
+        seconds, self.last = now - self.last - extra.get("evaluation_seconds", 0.0), now
         self.steps_recorded += 1
         config = session.config
         world_size = session.ranks.layout.world_size

@@ -16,7 +16,7 @@ from launch.drills import Faults
 from launch.runfolder import RunFolder
 from launch.sections import Sections
 from launch.session import Session, assemble
-from launch.train import train
+from launch.train import tell_data, train
 from parallel.ranks import Ranks, choose_device, join_process_group, process_ranks, single_rank, virtual_ranks
 from parallel.threads import run_virtual_ranks
 
@@ -123,7 +123,7 @@ def _train(
         if prepare is not None:
             prepare(session)
         result = train(session, first_step)
-        session.tell_data(result["step"], last=True)
+        tell_data(session, result["step"], last=True)
         saving = round(session.saves.take_held(), 3)
         session.telemetry.event("stop", cause=result["status"], step=result["step"], seconds_saving=saving)
         return result

@@ -351,3 +351,18 @@ def test_a_run_from_before_launches_were_recorded_has_no_account(tmp_path: Path)
     assert read_account(run) is None
     assert "accounting" not in summarize(tmp_path)
     assert "time went" not in write_report(tmp_path).read_text()
+
+
+def test_evaluations_in_the_course_of_training_are_their_own_kind() -> None:
+    story = Story().launch().start("rank-a").steps("rank-a", 1, 2, saved=0.5)
+    for number in (3, 4):  # the evaluation is behind the step, and no part of its step_seconds
+        story.wait(3.0)
+        story.steps("rank-a", number, evaluation_seconds=3.0)
+        story.lines[-1][1]["step_seconds"] -= 3.0
+    found = account(launches_of(story.end("rank-a").events, story.lines))
+    assert found is not None and found.milliseconds["evaluation"] == 6000
+    assert found.milliseconds["productive"] == 4000 and found.milliseconds["saving"] == 1000
+    assert sum(found.milliseconds.values()) == found.wall_ms
+    running = Running(found, 0.0, "productive")
+    tags = running.add({"evaluation_seconds": 2.0, "save_seconds": 0.5}, 3.5)
+    assert tags["time/evaluation_seconds"] == 8.0 and tags["time/saving_seconds"] == 1.5
