@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.grouped_mm import grouped_mm, offsets, takes_grouped_mm
+from kernels.grouped_mm import grouped_mm, offsets, takes_grouped_mm, zero_where_empty
 from kernels.products import outer_product, rows_product
 
 # The input, hidden values and results of a piece. Smaller pieces cut an expert's products in two and lose more by that
@@ -210,7 +210,7 @@ class _Matrices(NamedTuple):
 def _product(piece: Piece, rows: Tensor, matrices: _Matrices, out: Tensor) -> Tensor:
     """Each expert's rows by its matrix, into `out`."""
     if takes_grouped_mm(rows, matrices.whole):
-        return out.copy_(grouped_mm()(rows, matrices.whole, offs=_offsets(piece, matrices.whole)))
+        return out.copy_(grouped_mm()(rows, matrices.whole, offs=_ends(piece, matrices.whole)))
     for expert, part, into in zip(piece.experts, rows.split(piece.sizes), out.split(piece.sizes), strict=True):
         rows_product(part, matrices.each[expert], into)
     return out
@@ -219,7 +219,8 @@ def _product(piece: Piece, rows: Tensor, matrices: _Matrices, out: Tensor) -> Te
 def _add_outer(piece: Piece, left: Tensor, right: Tensor, out: Tensor) -> None:
     """out[expert] = left^T right over the expert's rows; added where an earlier piece began it."""
     if takes_grouped_mm(right, out):
-        out.copy_(grouped_mm()(left.t(), right, offs=_offsets(piece, out)))
+        counts = _counts(piece, out.shape[0])
+        out.copy_(zero_where_empty(grouped_mm()(left.t(), right, offs=offsets(counts, out.device)), counts))
         return
     continues = piece.continues
     for expert, a, b in zip(piece.experts, left.split(piece.sizes), right.split(piece.sizes), strict=True):
@@ -227,6 +228,12 @@ def _add_outer(piece: Piece, left: Tensor, right: Tensor, out: Tensor) -> None:
         continues = False
 
 
-def _offsets(piece: Piece, weight: Tensor) -> Tensor:
-    counts = dict(zip(piece.experts, piece.sizes, strict=True))
-    return offsets(tuple(counts.get(expert, 0) for expert in range(weight.shape[0])), weight.device)
+def _ends(piece: Piece, weight: Tensor) -> Tensor:
+    """(L,) int32 on the weight's device: where each expert's rows end in a piece."""
+    return offsets(_counts(piece, weight.shape[0]), weight.device)
+
+
+def _counts(piece: Piece, n_experts: int) -> tuple[int, ...]:
+    """Rows of each expert in a piece, zero for those that have none in it."""
+    sizes = dict(zip(piece.experts, piece.sizes, strict=True))
+    return tuple(sizes.get(expert, 0) for expert in range(n_experts))

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -104,8 +106,35 @@ def _aligned(x: Tensor, weight: Tensor) -> bool:
 
 
 def takes_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch has a grouped product of its own for these on this device, and not a loop."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and _aligned(x, weight)
+    """Whether torch has a grouped kernel of its own for these on this device, that was seen to be right there.
+
+    On GPUs other than Hopper and Blackwell's large ones (compute capability 9 and 10) torch 2.13 copies the offsets to
+    the host and runs a loop of products (aten/src/ATen/native/GroupedMMUtils.h): our own loop has the counts already.
+    """
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not _aligned(x, weight):
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10) and _grouped_mm_is_right(x.device)
+
+
+@functools.cache
+def _grouped_mm_is_right(device: torch.device) -> bool:
+    """Whether torch's grouped product agrees with a loop here, experts without rows among the others."""
+    generator = torch.Generator().manual_seed(0)
+    counts = (5, 0, 19, 8, 0)
+    x = torch.randn(sum(counts), 32, generator=generator).to(device, torch.bfloat16)
+    weight = torch.randn(len(counts), 64, 32, generator=generator).to(device, torch.bfloat16)
+    try:
+        pairs = [(_Torch.rows(x, weight, counts, True), _Loop.rows(x, weight, counts, True))]
+        pairs.append((_Torch.weights(pairs[0][1], x, counts), _Loop.weights(pairs[0][1], x, counts)))
+        right = all(torch.allclose(one.float(), other.float(), rtol=2e-2, atol=0.5) for one, other in pairs)
+        fault = "" if right else "its result differs from a loop of products"
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:  # noqa: BLE001 (whatever it raises, the loop is there)
+        fault = f"{type(error).__name__}: {str(error)[:200]}"
+    if fault:
+        warnings.warn(f"torch's grouped_mm is not used on {device}: {fault}", stacklevel=2)
+    return not fault
 
 
 def _able(x: Tensor, weight: Tensor) -> list[str]:
@@ -185,7 +214,8 @@ class _Torch:
         if not sum(counts):
             return x.new_zeros(len(counts), grad.shape[1], x.shape[1])
         used = sum(counts)
-        return grouped_mm()(grad[:used].contiguous().t(), x[:used].contiguous(), offs=offsets(counts, x.device))
+        out = grouped_mm()(grad[:used].contiguous().t(), x[:used].contiguous(), offs=offsets(counts, x.device))
+        return zero_where_empty(out, counts)
 
 
 class _Triton:
@@ -212,6 +242,15 @@ def grouped_mm() -> Callable[..., Tensor]:
     """torch's grouped product, by whichever name this version has it."""
     public = getattr(torch.nn.functional, "grouped_mm", None)
     return cast(Callable[..., Tensor], public if public is not None else torch._grouped_mm)
+
+
+def zero_where_empty(out: Tensor, counts: Sequence[int]) -> Tensor:
+    """out (L, ...) with zeros for the experts without rows, in place: torch's grouped product leaves their parts as
+    they were on some GPUs (pytorch issue 172439)."""
+    empty = [expert for expert, count in enumerate(counts) if not count]
+    if empty:
+        out.index_fill_(0, torch.tensor(empty, device=out.device), 0.0)
+    return out
 
 
 def offsets(counts: tuple[int, ...], device: torch.device) -> Tensor:

@@ -74,8 +74,13 @@ class MeasuredCache:
 
 @functools.cache
 def default_cache() -> MeasuredCache:
-    """The one that operations use: the user's own, in ~/.cache/trimtab/kernels, until `keep_in` moves it."""
-    return MeasuredCache(Path.home() / ".cache" / "trimtab" / "kernels")
+    """The one that operations use: the user's own, in ~/.cache/trimtab/kernels, until `keep_in` moves it; for a user
+    without a home (a container's number without a name) in the folder for temporary files."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return MeasuredCache(Path(tempfile.gettempdir()) / f"trimtab-kernels-{os.getuid()}")
+    return MeasuredCache(home / ".cache" / "trimtab" / "kernels")
 
 
 def keep_in(folder: Path) -> None:

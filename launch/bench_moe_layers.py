@@ -132,7 +132,7 @@ def auto_ep(
     """DeepSpeed's replacement of a transformers layer, put in by the functions that its engine calls."""
     from parallel.zero import prepare_deepspeed
 
-    prepare_deepspeed("gloo", rank)
+    prepare_deepspeed("gloo", rank, torch.device("cpu"))
     from deepspeed.module_inject.auto_ep import AutoEP
     from deepspeed.module_inject.auto_ep_config import parse_autoep_config
     from deepspeed.utils import groups
@@ -181,7 +181,7 @@ def native_moe(
     """
     from parallel.zero import prepare_deepspeed
 
-    prepare_deepspeed("gloo", rank)
+    prepare_deepspeed("gloo", rank, torch.device("cpu"))
     from deepspeed.moe.layer import MoE as NativeMoE
 
     tokens = shape.batch * shape.seq_len

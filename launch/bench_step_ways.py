@@ -120,7 +120,7 @@ class AutoEP:
     def __init__(self, shape: StepShape, rank: int, ranks: int, grouped: bool, seed: int) -> None:
         from parallel.zero import deepspeed_config, prepare_deepspeed
 
-        deepspeed = prepare_deepspeed("gloo", rank)
+        deepspeed = prepare_deepspeed("gloo", rank, torch.device("cpu"))
         settings = deepspeed_config(1, "fp32", shape.batch, 1, ranks, "gloo")
         settings |= {
             "gradient_clipping": OPTIMIZER.grad_clip, "expert_parallel": auto_ep_settings(ranks, grouped),
@@ -209,7 +209,7 @@ def import_packages(packages: tuple[str, ...], rank: int) -> None:
     if "deepspeed" in packages:
         from parallel.zero import prepare_deepspeed
 
-        prepare_deepspeed("gloo", rank)
+        prepare_deepspeed("gloo", rank, torch.device("cpu"))
     if "transformers" in packages:
         importlib.import_module("transformers.models.deepseek_v3.modeling_deepseek_v3")
 

@@ -31,7 +31,7 @@ from parallel.layout import Layout, slice_bounds
 _MOST_IN_BUCKET = 500_000_000  # gradients that are reduced at once: DeepSpeed's own
 
 
-def prepare_deepspeed(backend: str, local_rank: int) -> Any:
+def prepare_deepspeed(backend: str, local_rank: int, device: torch.device) -> Any:
     """Imports DeepSpeed quietly and joins it to the process group that already exists.
 
     On a CPU its start would compile a shared-memory operator, which needs ninja and a C++ compiler and crashes where
@@ -41,7 +41,9 @@ def prepare_deepspeed(backend: str, local_rank: int) -> Any:
 
     Args:
         backend: `gloo` or `nccl`, the backend of the default process group.
-        local_rank: this process's place on its node, which DeepSpeed reads from the environment.
+        local_rank: this process's place on its node.
+        device: of this rank. DeepSpeed makes the CUDA device of number LOCAL_RANK its own; Ray, and Slurm with one GPU
+            a task, show each process one device alone, so that its number is 0 whatever the rank's place.
 
     Raises:
         ModuleNotFoundError: with what to install.
@@ -49,7 +51,7 @@ def prepare_deepspeed(backend: str, local_rank: int) -> Any:
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # it refuses a local rank that differs from Open MPI's
-    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ["LOCAL_RANK"] = str(device.index or 0 if device.type == "cuda" else local_rank)
     os.environ["RANK"] = str(dist.get_rank())
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     try:
@@ -77,12 +79,14 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's JSON, generated from our configuration; written to the run's folder, never edited by hand."""
     zero: dict[str, Any] = {"stage": stage}
+    # A second buffer of gradients to fill while the first is reduced; one rank reduces nothing.
+    overlap = backend == "nccl" and world_size > 1
     if stage in (1, 2):
         # Gloo has no asynchronous streams to hide a reduction behind. Without contiguous gradients stage 1 reduces
         # expert gradients wrongly and says nothing (0.19.8, ep 2: losses off by 1e-4 after five steps).
-        zero |= {"overlap_comm": backend == "nccl", "contiguous_gradients": True}
+        zero |= {"overlap_comm": overlap, "contiguous_gradients": True}
     if stage == 3:
-        zero |= {"overlap_comm": backend == "nccl", "stage3_gather_16bit_weights_on_model_save": False}
+        zero |= {"overlap_comm": overlap, "stage3_gather_16bit_weights_on_model_save": False}
     return {
         "train_batch_size": micro_batch_size * accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -90,7 +94,8 @@ def deepspeed_config(
         "gradient_clipping": 0.0,
         "steps_per_print": 10**12,
         "zero_optimization": zero,
-        "bf16": {"enabled": precision == "bf16"},
+        # A step that is not finite is skipped; this has not been DeepSpeed's default in every version.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
     }
 
@@ -175,7 +180,7 @@ class ZeroEngine:
         local_rank: int,
     ) -> None:
         backend = dist.get_backend()
-        deepspeed = prepare_deepspeed(backend, local_rank)
+        deepspeed = prepare_deepspeed(backend, local_rank, device)
         self.module = module
         self.config = config
         self.layout = layout

@@ -1,8 +1,11 @@
 """The choice by measured speed and the tile sizes: measured once, kept on disk, wrong or impossible ones left out."""
 
 import json
+import subprocess
+import sys
 import time
 import warnings
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -42,20 +45,97 @@ def test_a_wrong_result_is_left_out_however_fast(tmp_path):
         assert measure("op", (), CPU, run, ("reference", "triton"), MeasuredCache(tmp_path)) == "reference"
 
 
-def test_a_candidate_that_does_not_compile_is_left_out_and_other_errors_are_not(tmp_path):
+@pytest.mark.parametrize("error", [
+    NotImplementedError("no such instruction"),
+    RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]),  # no Python.h
+    AssertionError("libcuda.so cannot found!"),
+    OSError("ld: cannot find -lcuda"),
+])  # fmt: skip
+def test_a_candidate_that_cannot_run_is_left_out_whatever_it_raises(tmp_path, error):
     def run(name):
         if name == "triton":
-            raise NotImplementedError("no such instruction")
+            raise error
         return [torch.zeros(1)]
 
-    with pytest.warns(UserWarning, match="does not compile"):
+    with pytest.warns(UserWarning, match=f"triton is not used.*{type(error).__name__}") as told:
+        assert measure("op", (), CPU, run, ("reference", "triton"), MeasuredCache(tmp_path)) == "reference"
+        assert measure("op", (), CPU, run, ("reference", "triton"), MeasuredCache(tmp_path)) == "reference"
+    assert len(told) == 1  # the answer is kept
+
+
+@pytest.mark.skipif("triton" not in sys.modules and find_spec("triton") is None, reason="triton has no package here")
+def test_no_compiler_is_such_an_error(tmp_path, monkeypatch):
+    from triton.runtime.build import compile_module_from_src
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+
+    def run(name):
+        if name == "triton":
+            compile_module_from_src("int nothing;", "no_compiler_probe")
+        return [torch.zeros(1)]
+
+    with pytest.warns(UserWarning, match="C compiler"):
         assert measure("op", (), CPU, run, ("reference", "triton"), MeasuredCache(tmp_path)) == "reference"
 
+
+def test_what_the_reference_raises_and_a_lost_device_are_the_callers(tmp_path):
     def broken(name):
         raise KeyError(name)
 
     with pytest.raises(KeyError):
         measure("other", (), CPU, broken, ("reference", "triton"), MeasuredCache(tmp_path))
+
+    def lost(name):
+        if name == "triton":
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+        return [torch.zeros(1)]
+
+    with pytest.raises(torch.AcceleratorError):
+        measure("other", (), CPU, lost, ("reference", "triton"), MeasuredCache(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["reference", "triton"])
+def test_without_memory_to_measure_the_reference_is_taken_and_nothing_is_kept(tmp_path, where):
+    room = []
+
+    def run(name):
+        if name == where and not room:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        time.sleep(0.01 if name == "reference" else 0.0)
+        return [torch.zeros(1)]
+
+    with pytest.warns(UserWarning, match="no memory"):
+        assert measure("op", (), CPU, run, ("reference", "triton"), MeasuredCache(tmp_path)) == "reference"
+    room.append(True)
+    assert measure("op", (), CPU, run, ("reference", "triton"), MeasuredCache(tmp_path)) == "triton"
+
+
+def test_large_results_and_nan_are_compared_by_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("kernels.choice._CHUNK", 7)
+    exact = torch.arange(50.0)
+    for wrong, used in ((exact, True), (exact + 1.0, False), (torch.where(exact == 49, torch.nan, exact), False)):
+
+        def run(name, wrong=wrong):
+            time.sleep(0.005 if name == "reference" else 0.0)
+            return [exact if name == "reference" else wrong]
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            chosen = measure(
+                "op", (used, wrong.sum().item()), CPU, run, ("reference", "triton"), MeasuredCache(tmp_path)
+            )
+        assert (chosen == "triton") is used
+
+
+def test_a_user_without_a_home_measures_all_the_same(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("kernels.measured.Path.home", no_home)
+    assert "trimtab-kernels-" in str(default_cache.__wrapped__().folder)
 
 
 def test_on_a_cpu_nothing_is_measured(tmp_path):
@@ -89,7 +169,7 @@ def test_tile_sizes_that_do_not_fit_are_passed_over(tmp_path):
             raise errors.OutOfResources(300_000, 232_448, "shared memory")
 
     assert measure_blocks("op", (), CPU, HALF[:3], launch, MeasuredCache(tmp_path)) == HALF[1]
-    with pytest.raises(RuntimeError, match="none of 1 tile sizes fits"):
+    with pytest.raises(RuntimeError, match="none of 1 tile sizes runs on cpu: OutOfResources"):
         measure_blocks("other", (), CPU, HALF[:1], launch, MeasuredCache(tmp_path))
 
 
