@@ -19,6 +19,7 @@ from launch.bench_jobs import Job, JobError, run_jobs
 from launch.bench_record import machine, write_record
 from launch.bench_skew import run_skew
 from launch.config import ConfigError, dump
+from launch.output import print_json
 
 _SEARCH_SEED = 100
 
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     drawn = plot(results, rows, out, name)
     print(f"written: {out}/{name}.csv, {name}.json{''.join(f', {path.name}' for path in drawn)}")
     if options.json:
-        print(json.dumps(json.loads((out / f"{name}.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((out / f"{name}.json").read_text(encoding="utf-8")))
     return EXIT_OK
 
 

@@ -4,13 +4,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import add_json
 from launch.bench_balance_arms import OTHERS, RULES
 
 
 def add_bench_commands(commands: Any) -> None:
     """Adds the `bench` command and its benchmarks to a parser's subcommands."""
-    bench = commands.add_parser("bench", help="Measure, beside others in the same call.")
-    names = bench.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    bench = commands.add_parser(
+        "bench",
+        help="Measure, beside others in the same call.",
+        description="Measures, beside others in the same call; the results go to a folder as CSV, JSON and picture.",
+        epilog="example: trimtab bench dispatch --ranks 2 --out runs/bench-dispatch",
+    )
+    names = bench.add_subparsers(dest="benchmark", metavar="NAME")
     _add_loader(names)
     _add_dispatch(names)
     _add_kernels(names)
@@ -34,7 +40,9 @@ def _add_loader(names: Any) -> None:
     loader.add_argument("--seq-len", type=int, default=1024, help="targets in a sequence (default: 1024)")
     loader.add_argument("--batch", type=int, default=64, help="sequences in a step (default: 64)")
     loader.add_argument("--micro-batch", type=int, default=8, help="sequences in a tensor (default: 8)")
-    loader.add_argument("--packing", choices=("split", "best_fit"), default="split")
+    loader.add_argument(
+        "--packing", choices=("split", "best_fit"), default="split", help="as data.packing (default: split)"
+    )
     loader.add_argument("--repeats", type=int, default=5, help="timed passes over the data (default: 5)")
     loader.add_argument(
         "--resume-samples", type=int, default=100_000, help="documents read before the resume (default: 100000)"
@@ -44,7 +52,7 @@ def _add_loader(names: Any) -> None:
         help="also time the resume on a synthetic index of so many documents, for example 10000000 (default: 0, not)",
     )  # fmt: skip
     loader.add_argument("--out", type=Path, default=Path("runs/bench-loader"), help="folder for CSV, JSON and plot")
-    loader.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(loader)
     loader.set_defaults(run_command=_run_loader)
 
 
@@ -68,13 +76,13 @@ def _add_dispatch(names: Any) -> None:
     dispatch.add_argument("--gigabits", type=float, default=1.0, help="a rank's link between nodes (default: 1)")
     dispatch.add_argument("--latency-us", type=float, default=50.0, help="of that link, microseconds (default: 50)")
     dispatch.add_argument("--tokens", type=int, default=2048, help="of each rank (default: 2048)")
-    dispatch.add_argument("--hidden", type=int, default=256, help="numbers of a token (default: 256)")
+    dispatch.add_argument("--hidden", type=int, default=256, help="width of a token's vector (default: 256)")
     dispatch.add_argument("--width", type=int, default=128, help="of an expert (default: 128)")
     dispatch.add_argument("--experts", type=int, default=16, help="in all (default: 16)")
     dispatch.add_argument("--top-k", type=int, default=4, help="experts of a token (default: 4)")
     dispatch.add_argument("--repeats", type=int, default=9, help="timed runs of each way (default: 9)")
     dispatch.add_argument("--out", type=Path, default=Path("runs/bench-dispatch"), help="folder for CSV, JSON and plot")
-    dispatch.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(dispatch)
     dispatch.set_defaults(run_command=_run_dispatch)
 
 
@@ -93,7 +101,9 @@ def _add_kernels(names: Any) -> None:
         "shapes are of a model of 30 billion parameters, on a CPU small ones.",
         epilog="example: trimtab bench kernels --only experts_mlp,permute --tokens 32768 --out runs/bench-kernels",
     )
-    kernels.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    kernels.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
+    )
     kernels.add_argument("--only", help="operations or parts of their names, with commas between (default: all)")
     kernels.add_argument("--repeats", type=int, default=7, help="timed runs of each (default: 7)")
     kernels.add_argument("--threads", type=int, default=1, help="threads on a CPU (default: 1)")
@@ -107,7 +117,7 @@ def _add_kernels(names: Any) -> None:
     kernels.add_argument("--vocab-hidden", type=int, help="H of the cross-entropy (default: 2048, 256)")
     kernels.add_argument("--cache", type=Path, help="folder of tile sizes measured (default: ~/.cache/trimtab/kernels)")
     kernels.add_argument("--out", type=Path, default=Path("runs/bench-kernels"), help="folder for CSV, JSON and plot")
-    kernels.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(kernels)
     kernels.set_defaults(run_command=_run_kernels)
 
 
@@ -146,7 +156,7 @@ def _add_balance(names: Any) -> None:
         "--skew", action="store_true", help="updates that each rule needs from a skewed router instead"
     )
     balance.add_argument("--out", type=Path, default=Path("runs/bench-balance"), help="folder for all results")
-    balance.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(balance)
     balance.set_defaults(run_command=_run_balance)
 
 
@@ -171,7 +181,13 @@ def _add_scaling(names: Any) -> None:
     )
     scaling.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4], help="ranks (default: 1 2 4)")
     scaling.add_argument("--base", type=int, default=0, help="the size compared with (default: the smallest)")
-    scaling.add_argument("--modes", nargs="+", choices=("strong", "weak"), default=["strong", "weak"])
+    scaling.add_argument(
+        "--modes",
+        nargs="+",
+        choices=("strong", "weak"),
+        default=["strong", "weak"],
+        help="global batch fixed, or grown with the ranks (default: both)",
+    )
     scaling.add_argument(
         "--routings", nargs="+", choices=("natural", "even"), default=["natural", "even"],
         help="as the router chooses, or forced to be even (default: both)",
@@ -192,7 +208,7 @@ def _add_scaling(names: Any) -> None:
     )  # fmt: skip
     scaling.add_argument("--ranks-per-node", type=int, default=0, help="with ray, more ranks take more nodes")
     scaling.add_argument("--out", type=Path, default=Path("runs/bench-scaling"), help="folder for all results")
-    scaling.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(scaling)
     scaling.set_defaults(run_command=_run_scaling)
 
 
@@ -215,7 +231,7 @@ def _add_moe(names: Any) -> None:
     moe.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="processes (default: 1 2)")
     moe.add_argument("--batch", type=int, default=4, help="sequences of each rank (default: 4)")
     moe.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence (default: 512)")
-    moe.add_argument("--hidden", type=int, default=256, help="numbers of a token (default: 256)")
+    moe.add_argument("--hidden", type=int, default=256, help="width of a token's vector (default: 256)")
     moe.add_argument("--width", type=int, default=128, help="of an expert (default: 128)")
     moe.add_argument("--experts", type=int, default=16, help="in all (default: 16)")
     moe.add_argument("--top-k", type=int, default=4, help="experts of a token (default: 4)")
@@ -223,7 +239,7 @@ def _add_moe(names: Any) -> None:
     moe.add_argument("--repeats", type=int, default=3, help="fresh processes for each way (default: 3)")
     moe.add_argument("--inner", type=int, default=15, help="timed runs in each of them (default: 15)")
     moe.add_argument("--out", type=Path, default=Path("runs/bench-moe"), help="folder for CSV, JSON and plot")
-    moe.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(moe)
     moe.set_defaults(run_command=_run_moe)
 
 
@@ -246,7 +262,7 @@ def _add_step(names: Any) -> None:
     step.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     step.add_argument("--batch", type=int, default=4, help="sequences of each rank (default: 4)")
     step.add_argument("--seq-len", type=int, default=512, help="tokens of a sequence (default: 512)")
-    step.add_argument("--hidden", type=int, default=256, help="numbers of a token (default: 256)")
+    step.add_argument("--hidden", type=int, default=256, help="width of a token's vector (default: 256)")
     step.add_argument("--width", type=int, default=128, help="of an expert (default: 128)")
     step.add_argument("--experts", type=int, default=16, help="in all (default: 16)")
     step.add_argument("--top-k", type=int, default=4, help="experts of a token (default: 4)")
@@ -259,7 +275,7 @@ def _add_step(names: Any) -> None:
     step.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
     step.add_argument("--profile", action="store_true", help="also say which operations our step's time goes to")
     step.add_argument("--out", type=Path, default=Path("runs/bench-step"), help="folder for CSV, JSON and plot")
-    step.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(step)
     step.set_defaults(run_command=_run_step)
 
 
@@ -294,8 +310,8 @@ def _add_generate(names: Any) -> None:
     generate.add_argument("--repeats", type=int, default=3, help="fresh processes for each way (default: 3)")
     generate.add_argument("--inner", type=int, default=3, help="timed runs in each of them (default: 3)")
     generate.add_argument("--out", type=Path, default=Path("runs/bench-generate"), help="folder for CSV, JSON and plot")
-    generate.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    generate.set_defaults(run_command=_run_generate)
+    add_json(generate)
+    generate.set_defaults(run_command=_run_generate, joins_refused=True)
 
 
 def _run_generate(options: argparse.Namespace) -> int:

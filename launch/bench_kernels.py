@@ -19,6 +19,7 @@ from kernels.measured import keep_in
 from launch.bench_kernel_cases import CPU, GPU, OPERATIONS, Case, Sizes, cases
 from launch.bench_record import Spread, machine, version, write_record
 from launch.config import ConfigError
+from launch.output import print_json
 from launch.peak import peak_flops
 
 _PACKAGES = ("torch", "triton", "numpy", "liger-kernel")
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     plot(rows, options.out / "kernels.png")
     print(f"written: {options.out}/kernels.csv, kernels.json, kernels.png")
     if options.json:
-        print(json.dumps(json.loads((options.out / "kernels.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((options.out / "kernels.json").read_text(encoding="utf-8")))
     return EXIT_OK
 
 

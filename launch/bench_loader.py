@@ -17,6 +17,7 @@ from cluster.context import EXIT_OK
 from launch.bench_energon import EnergonPeer
 from launch.bench_peers import MAPPED, MappedPeer, OurStream, Peer, Shape, StreamingPeer, Tensors, WebDatasetPeer
 from launch.bench_record import Spread, machine, version, write_record
+from launch.output import print_json
 
 _PACKAGES = ("torch", "numpy", "webdataset", "mosaicml-streaming", "megatron-energon", "google-crc32c")
 _AIMS = (("webdataset", 1.5), *((name, 0.8) for name in MAPPED))
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     plot(rows, options.out / "loader.png")
     print(f"written: {options.out}/loader.csv, loader.json, loader.png")
     if options.json:
-        print(json.dumps(json.loads((options.out / "loader.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((options.out / "loader.json").read_text(encoding="utf-8")))
     return EXIT_OK
 
 

@@ -14,6 +14,7 @@ from launch.bench_moe_rank import ROUTINGS
 from launch.bench_ranks import RankError, run_ranks
 from launch.bench_record import Spread, machine, version, write_record
 from launch.config import ConfigError, section_problems
+from launch.output import print_json
 
 PACKAGES = ("torch", "numpy", "deepspeed", "transformers")
 OURS = "trimtab"
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     plot(rows, options.out / "moe.png")
     print(f"written: {options.out}/moe.csv, moe.json, moe.png")
     if options.json:
-        print(json.dumps(json.loads((options.out / "moe.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((options.out / "moe.json").read_text(encoding="utf-8")))
     return EXIT_OK
 
 

@@ -19,6 +19,7 @@ from launch.bench_scaling_plan import EVEN, Layout, Run, check_all, oversubscrib
 from launch.bench_scaling_plots import plot
 from launch.bench_scaling_table import network_rows, parity_sentence, render, rows_of
 from launch.config import ConfigError, dump
+from launch.output import print_json
 from launch.preflight import Plan, pack_if_needed
 
 SWEEP = tuple(4**power for power in range(6, 12))  # 4 KiB to 4 MiB
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     drawn = plot(rows, facts, out / "scaling.png")
     print(f"written: {out}/scaling.csv, scaling.json{', scaling.png' if drawn else ''}")
     if options.json:
-        print(json.dumps(json.loads((out / "scaling.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((out / "scaling.json").read_text(encoding="utf-8")))
     return EXIT_OK if facts["losses_agree"] else EXIT_FAILED
 
 

@@ -19,6 +19,7 @@ from cluster.context import EXIT_OK
 from launch import balance_stats
 from launch.bench_balance_arms import Rule
 from launch.bench_record import machine, write_record
+from launch.output import print_json
 from model.bias_histogram import bias_needed, histogram
 from model.config import ModelConfig
 from model.router import choose_experts, count_tokens
@@ -85,7 +86,7 @@ def run_skew(out: Path, as_json: bool) -> int:
     print(f"updates: until max_vio of fresh tokens is at most {WITHIN} times the floor; end: mean of the last {LAST}")
     print("aux_loss has no entry: it acts through the router's gradient, and this router is not trained")
     if as_json:
-        print(json.dumps(json.loads((out / "skew.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((out / "skew.json").read_text(encoding="utf-8")))
     return EXIT_OK
 
 

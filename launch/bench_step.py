@@ -19,6 +19,7 @@ from launch.bench_record import Spread, machine, write_record
 from launch.bench_step_rank import ROUTINGS
 from launch.bench_step_ways import WAYS, StepShape
 from launch.config import ConfigError, layout_problems
+from launch.output import print_json
 from model.count import count_parameters
 
 _FIRST_LOSS_LIMIT = 1e-5  # relative; the same function of the same weights in fp32
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     plot(rows, options.out / "step.png")
     print(f"written: {options.out}/step.csv, step.json, step.png")
     if options.json:
-        print(json.dumps(json.loads((options.out / "step.json").read_text(encoding="utf-8"))))
+        print_json(json.loads((options.out / "step.json").read_text(encoding="utf-8")))
     return EXIT_OK
 
 

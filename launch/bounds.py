@@ -55,11 +55,11 @@ def parts(text: str) -> tuple[Part, ...]:
 
 
 def number(value: float) -> str:
-    """A limit as people write it: `1000000`, `0.5`, `1e-20`, `2**63 - 1`."""
+    """A limit as people write it: `1000000`, `0.5`, `1e-20`, `2**63`."""
     if value == 2.0**63:
-        return "2**63 - 1"
+        return "2**63"
     if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}" if abs(value) >= 100_000 else str(int(value))
+        return f"{int(value):,}" if abs(value) > 9999 else str(int(value))
     return f"{value:g}"
 
 

@@ -1,28 +1,40 @@
 """`trimtab checkpoint list | verify | prune`; `export` and `import` are in hf_commands.py."""
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_FAILED, EXIT_OK
+from launch.arguments import add_json
 from launch.config import Config, ConfigError, read
+from launch.output import print_json
 from launch.runfolder import RunFolder
 
 
 def add_checkpoint_commands(commands: Any) -> None:
     """Adds the `checkpoint` command and its actions to a parser's subcommands."""
-    checkpoint = commands.add_parser("checkpoint", help="List, check, delete, export and import checkpoints.")
-    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="List, check, delete, export and import checkpoints.",
+        description="Lists, checks, deletes, exports and imports checkpoints.",
+        epilog="example: trimtab checkpoint verify runs/debug",
+    )
+    actions = checkpoint.add_subparsers(dest="action", metavar="ACTION")
 
     listing = actions.add_parser(
-        "list", help="show step, size and layout of each", epilog="example: trimtab checkpoint list runs/debug"
+        "list",
+        help="show step, size and layout of each",
+        description="Shows step, size and layout of each checkpoint of a run.",
+        epilog="example: trimtab checkpoint list runs/debug",
     )
     listing.set_defaults(run_command=_list)
 
     verify = actions.add_parser(
-        "verify", help="read every byte back", epilog="example: trimtab checkpoint verify runs/debug"
+        "verify",
+        help="read every byte back",
+        description="Reads every checkpoint of a run back and names each damaged file.",
+        epilog="example: trimtab checkpoint verify runs/debug",
     )
     verify.set_defaults(run_command=_verify)
 
@@ -43,8 +55,8 @@ def add_checkpoint_commands(commands: Any) -> None:
 
     add_hf_actions(actions)
     for action in (listing, verify, prune):
-        action.add_argument("run", type=Path)
-        action.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+        action.add_argument("run", type=Path, help="the run's folder")
+        add_json(action)
 
 
 def _opened(folder: Path) -> tuple[Config, Any]:
@@ -100,7 +112,7 @@ def _list(options: Any) -> int:
     if not found:
         print(f"no committed checkpoint in {root}")
     if options.json:
-        print(json.dumps({"checkpoints": found, "drafts": names}))
+        print_json({"checkpoints": found, "drafts": names})
     return EXIT_OK
 
 
@@ -124,7 +136,7 @@ def _verify(options: Any) -> int:
             files, tensors = len(saved.manifest["files"]), len(saved.manifest["tensors"])
             print(f"{path}: {files} files, {tensors} tensors, all as written")
     if options.json:
-        print(json.dumps({"checkpoints": found}))
+        print_json({"checkpoints": found})
     return status
 
 
@@ -157,7 +169,7 @@ def _prune(options: Any) -> int:
     print(f"{len(readable) - len(gone)} readable checkpoints {'would stay' if options.dry_run else 'stay'} in {root}")
     if options.json:
         paths = {"deleted": gone, "drafts": begun, "damaged": damaged}
-        print(json.dumps({name: [str(path) for path in listed] for name, listed in paths.items()}))
+        print_json({name: [str(path) for path in listed] for name, listed in paths.items()})
     return EXIT_OK
 
 

@@ -4,11 +4,12 @@ Exit status: 0 done; 2 bad input (nothing started); 75 stopped on request with a
 """
 
 import argparse
-import json
+import difflib
 import sys
 import time
+import tomllib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
 from cluster.process import about_to_end
 from cluster.redact import guard_output, restore_output
 from data.errors import DataError
-from launch.config import LAUNCHERS, ConfigError, dump, preset_names
+from launch.arguments import add_json, problems, unknown
+from launch.arguments import commands as every_command
+from launch.config import LAUNCHERS, Config, ConfigError, dump, preset_names
+from launch.output import only_json, print_json
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def program() -> int:
@@ -34,36 +40,38 @@ def main(arguments: list[str]) -> int:
     # Overrides may also stand after options: argparse takes a positional list in one piece only.
     assignments = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(assignments) < len(rest) or (rest and not hasattr(options, "assignments")):
-        parser.error(f"unrecognized arguments: {' '.join(word for word in rest if word not in assignments) or rest[0]}")
+        options.parser.error(unknown([word for word in rest if word not in assignments] or rest, options.parser))
     if rest:
         options.assignments += assignments
-    guard_output()
-    try:
-        return options.run_command(options)
-    except ConfigError as error:
-        print(f"trimtab: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except DataError as error:
-        print(f"trimtab: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("trimtab: interrupted", file=sys.stderr)
-        return EXIT_FAILED
-    except BrokenPipeError:
-        return EXIT_FAILED
-    finally:
-        with suppress(BrokenPipeError):
-            restore_output()
+    with only_json() if getattr(options, "json", False) else nullcontext():
+        guard_output()
+        try:
+            options.refused = problems(options)
+            if options.refused and not getattr(options, "joins_refused", False):
+                raise ConfigError(options.refused)
+            return options.run_command(options)
+        except (ConfigError, DataError) as error:
+            print(f"trimtab: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        except KeyboardInterrupt:
+            print("trimtab: interrupted", file=sys.stderr)
+            return EXIT_FAILED
+        except BrokenPipeError:
+            return EXIT_FAILED
+        finally:
+            with suppress(BrokenPipeError):
+                restore_output()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every command with its options and an example."""
+    """Every command with its options and an example; a command without its subcommand prints its help."""
     parser = argparse.ArgumentParser(
         prog="trimtab",
         description="Train DeepSeek-V3-shaped mixture-of-experts language models across nodes.",
         epilog="example: trimtab train debug train.steps=50 --launcher local",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"trimtab {version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, run: Callable[[Any], int], help_text: str, example: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help_text, description=help_text, epilog=f"example: trimtab {example}")
@@ -73,7 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train a model.", "train debug train.steps=50 --launcher local --run runs/try")
     _run_options(train)
     train.add_argument("--launcher", choices=LAUNCHERS, default="local", help="who starts the ranks (default: local)")
-    train.add_argument("--print-config", action="store_true", help="print the resolved configuration as TOML and stop")
+    train.add_argument(
+        "--print-config", action="store_true",
+        help="print the resolved configuration as TOML, each key with its meaning, and stop",
+    )  # fmt: skip
 
     submit = command(
         "submit", _submit, "Train through `ray job submit`, following the log.",
@@ -85,19 +96,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="dashboard of a running Ray cluster; without it a local one is started, and stopped at the end",
     )
 
+    config = command("config", _config, "Explain keys of the configuration.", "config optimizer.lr")
+    config.add_argument("keys", nargs="*", metavar="KEY", help="a key or a section (default: all of them)")
+    config.add_argument("--markdown", action="store_true", help="print the page docs/configuration.md instead")
+
     report = command("report", _report, "Render a run's report.md from its files.", "report runs/debug")
-    report.add_argument("run", type=Path)
-    report.add_argument("--json", action="store_true", help="print the run's figures as one JSON object")
+    report.add_argument("run", type=Path, help="the run's folder")
+    add_json(report, "the run's figures as one JSON object")
 
     compare = command(
         "compare", _compare, "Put the figures of several runs side by side.", "compare runs/debug runs/debug-no-bias"
     )
     compare.add_argument("runs", type=Path, nargs="+", help="folders of runs")
     compare.add_argument("--plot", type=Path, metavar="FILE", help="draw their curves over each other into a PNG")
-    compare.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(compare)
 
     from launch.bench_commands import add_bench_commands
     from launch.checkpoint_commands import add_checkpoint_commands
+    from launch.completion import add_completion_command
     from launch.data_commands import add_data_commands
     from launch.eval_commands import add_eval_command
     from launch.generate_commands import add_generate_command
@@ -109,24 +125,65 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_commands(commands)
     add_data_commands(commands)
     add_bench_commands(commands)
+    add_completion_command(commands)
+    for one in every_command(parser):
+        one.set_defaults(parser=one)
+        if not one.get_default("run_command"):
+            one.set_defaults(run_command=_help)
     return parser
+
+
+def version() -> str:
+    """This version, as pyproject.toml has it."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+
+
+def _help(options: Any) -> int:
+    options.parser.print_help()
+    return EXIT_OK
+
+
+def _config(options: Any) -> int:
+    from launch.key_reference import explained, keys, page
+
+    if options.markdown:
+        print(page(), end="")
+        return EXIT_OK
+    found = {name: explained(name) for name in options.keys or dict.fromkeys(key.split(".")[0] for key in keys())}
+    known = [*keys(), *Config.__dataclass_fields__]
+    missing = []
+    for name in (name for name, text in found.items() if not text):
+        near = difflib.get_close_matches(name, known, n=1)
+        missing.append(
+            f"{name} is not a known key; " + (f"did you mean `{near[0]}`?" if near else "see `trimtab config`")
+        )
+    if missing:
+        raise ConfigError(missing)
+    print("\n".join(found.values()), end="")
+    return EXIT_OK
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     presets = ", ".join(preset_names())
     parser.add_argument("config", metavar="CONFIG", help=f"a preset ({presets}) or a TOML file")
-    parser.add_argument("assignments", nargs="*", metavar="key.path=value", help="override single keys")
+    parser.add_argument(
+        "assignments", nargs="*", metavar="key.path=value", help="change single keys; `trimtab config` explains them"
+    )
     parser.add_argument("--run", help="the run's folder (default: runs/NAME of CONFIG)")
-    parser.add_argument("--resume", choices=("auto", "must", "never"), default="auto")
+    parser.add_argument(
+        "--resume", choices=("auto", "must", "never"), default="auto",
+        help="go on from the run's newest checkpoint where there is one (auto), or refuse if there is none (must) or "
+        "one (never) (default: auto)",
+    )  # fmt: skip
     parser.add_argument(
         "--accept-change", action="append", default=[], metavar="KEY", help="resume although this key has changed"
     )
     parser.add_argument(
         "--insecure", action="store_true",
-        help="take a Ray cluster although it asks nobody for a token, or its dashboard is not on loopback",
+        help="use a Ray cluster without token authentication, or with a dashboard that is not on loopback",
     )  # fmt: skip
     parser.add_argument("--no-summary", action="store_true", help="do not evaluate and summarise at the end")
-    parser.add_argument("--json", action="store_true", help="print the run's figures as one JSON object at the end")
+    add_json(parser, "the run's figures as one JSON object at the end")
 
 
 def _train(options: Any) -> int:
@@ -167,7 +224,7 @@ def _train(options: Any) -> int:
     if options.json:
         from launch.summary import figures_of
 
-        print(json.dumps({"exit_status": status, **figures_of(plan.run)}))
+        print_json({"exit_status": status, **figures_of(plan.run)})
     return status
 
 
@@ -179,11 +236,13 @@ def _print_config(options: Any) -> int:
     """
     from launch.preflight import checked_config
 
-    problems: list[str] = []
-    config, _, _ = checked_config(options.config, options.assignments, options.launcher, problems, [], None)
-    if problems:
-        raise ConfigError(problems)
-    print(dump(config), end="")
+    found: list[str] = []
+    config, _, _ = checked_config(options.config, options.assignments, options.launcher, found, [], None)
+    if found:
+        raise ConfigError(found)
+    from launch.key_reference import commented
+
+    print(commented(dump(config)), end="")
     return EXIT_OK
 
 
@@ -195,7 +254,7 @@ def _already_done(plan: Any, say: Callable[[str], None], as_json: bool) -> int:
         say(note)
     figures = show_summary(plan.run, say)
     if as_json:
-        print(json.dumps({"exit_status": EXIT_OK, **figures}))
+        print_json({"exit_status": EXIT_OK, **figures})
     return EXIT_OK
 
 
@@ -227,7 +286,7 @@ def _report(options: Any) -> int:
 
     _require_run(options.run)
     if options.json:
-        print(json.dumps(summarize(options.run)))
+        print_json(summarize(options.run))
     else:
         print(write_report(options.run))
     return EXIT_OK
@@ -246,7 +305,7 @@ def _compare(options: Any) -> int:
         save_curves(options.plot, options.runs)
         print(f"curves: {options.plot}")
     if options.json:
-        print(json.dumps(figures))
+        print_json(figures)
     return EXIT_OK
 
 

@@ -1,7 +1,6 @@
 """`trimtab data pack | verify | audit`."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -9,13 +8,18 @@ from typing import Any
 
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
 from data.errors import DataError
+from launch.arguments import add_json
 from launch.config import refuse_secrets
+from launch.output import print_json
 
 
 def add_data_commands(commands: Any) -> None:
     """Adds the `data` command and its actions to a parser's subcommands."""
-    data = commands.add_parser("data", help="Pack, verify and audit data.")
-    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    data = commands.add_parser(
+        "data", help="Pack, verify and audit data.", description="Packs, verifies and audits data.",
+        epilog="example: trimtab data pack python --out datasets/python",
+    )  # fmt: skip
+    actions = data.add_subparsers(dest="action", metavar="ACTION")
 
     pack = actions.add_parser(
         "pack",
@@ -41,22 +45,28 @@ def add_data_commands(commands: Any) -> None:
     pack.add_argument("--licence", help="licence of documents whose source does not say it (an SPDX name)")
     pack.add_argument("--workers", type=int, default=1, help="processes that encode (default: 1)")
     pack.add_argument("--overwrite", action="store_true", help="replace a dataset packed from other inputs")
-    pack.add_argument("--json", action="store_true")
+    add_json(pack)
     pack.set_defaults(run_command=_pack)
 
     verify = actions.add_parser(
-        "verify", help="read every byte back", epilog="example: trimtab data verify datasets/python"
+        "verify",
+        help="read every byte back",
+        description="Reads every byte of a dataset back and names each damaged shard or sample.",
+        epilog="example: trimtab data verify datasets/python",
     )
-    verify.add_argument("path")
-    verify.add_argument("--json", action="store_true")
+    verify.add_argument("path", help="the dataset's folder or address")
+    add_json(verify)
     verify.set_defaults(run_command=_verify)
 
     audit = actions.add_parser(
-        "audit", help="prove that no sequence was lost or repeated", epilog="example: trimtab data audit runs/debug"
+        "audit",
+        help="prove that no sequence was lost or repeated",
+        description="Proves from a run's ledger that no sequence was lost or repeated, through every restart.",
+        epilog="example: trimtab data audit runs/debug",
     )
-    audit.add_argument("run", type=Path)
+    audit.add_argument("run", type=Path, help="the run's folder")
     audit.add_argument("--data", type=Path, help="the dataset's folder, if it has moved")
-    audit.add_argument("--json", action="store_true")
+    add_json(audit)
     audit.set_defaults(run_command=_audit)
 
 
@@ -86,7 +96,7 @@ def _pack(options: argparse.Namespace) -> int:
         sys.stderr.write("\n")
     print(packed)
     if options.json:
-        print(json.dumps({"path": str(packed.path), "reused": packed.reused, "seconds": packed.seconds, **figures}))
+        print_json({"path": str(packed.path), "reused": packed.reused, "seconds": packed.seconds, **figures})
     return EXIT_OK
 
 
@@ -145,7 +155,7 @@ def _verify(options: argparse.Namespace) -> int:
     if not damages:
         print(f"{options.path}: every byte is as it was packed")
     if options.json:
-        print(json.dumps({"path": str(options.path), "damages": [str(damage) for damage in damages]}))
+        print_json({"path": str(options.path), "damages": [str(damage) for damage in damages]})
     return EXIT_FAILED if damages else EXIT_OK
 
 
@@ -155,6 +165,6 @@ def _audit(options: argparse.Namespace) -> int:
     report = audit_run(options.run, options.data)
     print(report)
     if options.json:
-        print(json.dumps({"ok": report.ok, "steps": report.n_steps, "sequences": report.n_sequences,
-                          "problems": list(report.problems)}))  # fmt: skip
+        print_json({"ok": report.ok, "steps": report.n_steps, "sequences": report.n_sequences,
+                          "problems": list(report.problems)})  # fmt: skip
     return EXIT_OK if report.ok else EXIT_FAILED

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_OK
+from launch.arguments import add_json, add_refused
 from launch.config import ConfigError
 from launch.data_commands import progress_line
+from launch.output import print_json
 
 RESULTS = "evaluations.jsonl"
 
@@ -45,9 +47,9 @@ def add_eval_command(commands: Any) -> None:
         "--accept-weaker-sandbox", action="store_true",
         help="run completions although this machine cannot take network and files away from them",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.set_defaults(run_command=_eval)
+    parser.add_argument("--seed", type=int, default=0, help="of completions and few-shot examples (default: 0)")
+    add_json(parser)
+    parser.set_defaults(run_command=_eval, joins_refused=True)
 
 
 def _eval(options: Any) -> int:
@@ -97,7 +99,7 @@ def _eval(options: Any) -> int:
     with (options.run / RESULTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), **figures}) + "\n")
     if options.json:
-        print(json.dumps(figures))
+        print_json(figures)
     return EXIT_OK
 
 
@@ -118,6 +120,7 @@ def _check(options: Any) -> None:
         problems.append("--task-folder without --tasks: name the tasks to run")
     if options.data is not None and (options.tasks or options.humaneval):
         problems.append("--data is for held-out loss; leave out --tasks and --humaneval")
+    add_refused(problems, options)
     if options.humaneval and not problems:
         from launch.humaneval import read_problems
         from launch.sandbox import missing_protections

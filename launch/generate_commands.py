@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.context import EXIT_OK
+from launch.arguments import add_json, add_refused
 from launch.config import ConfigError
+from launch.output import print_json
 
 QUANTIZED: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
 
@@ -17,12 +19,13 @@ def add_generate_command(commands: Any) -> None:
     """Adds the `generate` command to a parser's subcommands."""
     generate = commands.add_parser(
         "generate",
-        help="Complete a text with a run's newest checkpoint.",
-        description="Completes one text or several with a run's newest checkpoint. Of one prompt the text appears as "
-        "it comes; of several, each in its turn.",
+        help="Complete a text with a run's checkpoint.",
+        description="Completes one text or several with a run's newest checkpoint, or that of one step. Of one prompt "
+        "the text appears as it comes; of several, each in its turn.",
         epilog="example: trimtab generate runs/debug --prompt 'def ' --top-p 0.9 --stop 'class ' --speculative mtp",
     )
     generate.add_argument("run", type=Path, help="the run's folder")
+    generate.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     generate.add_argument("--prompt", action="append", metavar="TEXT", help="a text to complete; repeatable")
     generate.add_argument(
         "--prompts-file", type=Path, metavar="FILE",
@@ -50,8 +53,8 @@ def add_generate_command(commands: Any) -> None:
     generate.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="the model's tokenizer.json, if the data is gone or has another"
     )
-    generate.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    generate.set_defaults(run_command=run)
+    add_json(generate)
+    generate.set_defaults(run_command=run, joins_refused=True)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -67,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
-    loaded = load_run(options.run, device, tokenizer=options.tokenizer)
+    loaded = load_run(options.run, device, options.step, tokenizer=options.tokenizer)
     longest = loaded.config.model.max_position_embeddings
     if options.context is not None and options.context > longest:
         raise ConfigError(
@@ -91,10 +94,10 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.json:
         weights = None if size is None else {"bytes_before": size.before, "bytes_after": size.after}
-        print(json.dumps({
+        print_json({
             "run": str(options.run), "step": loaded.saved.step, **made.figures(), "quantized": options.quantize,
             "weights": weights, "speculative": options.speculative,
-        }))  # fmt: skip
+        })  # fmt: skip
     return EXIT_OK
 
 
@@ -149,6 +152,7 @@ def checked_prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt or [])
     if options.prompts_file is not None:
         prompts += _prompts_of(options.prompts_file, found)
+    add_refused(found, options)
     if found:
         raise ConfigError(found)
     return prompts or [""]

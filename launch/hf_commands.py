@@ -1,13 +1,14 @@
 """`trimtab checkpoint export | import`: the command line of the Hugging Face format."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_FAILED, EXIT_OK
+from launch.arguments import add_json
 from launch.config import ConfigError
+from launch.output import print_json
 
 
 def add_hf_actions(actions: Any) -> None:
@@ -64,7 +65,7 @@ def add_hf_actions(actions: Any) -> None:
     bring.add_argument("--shard-gb", type=float, default=4.0, help="largest file of the checkpoint (default: 4)")
     bring.set_defaults(run_command=_import)
     for action in (export, bring):
-        action.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+        add_json(action)
 
 
 def _export(options: Any) -> int:
@@ -101,11 +102,13 @@ def _run(
         raise
     except (CheckpointError, OSError) as error:
         print(f"{what} failed: {error}")
+        if options.json:
+            print_json({"error": str(error)})
         return EXIT_FAILED
     for line in lines(told):
         print(line)
     if options.json:
-        print(json.dumps(told))
+        print_json(told)
     return EXIT_OK
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.context import EXIT_FAILED, EXIT_OK
 from launch import preflight
 from launch.config import ConfigError, dump
+from launch.output import print_json
 from launch.preflight import Plan, pack_if_needed
 from launch.start import ROOT, say
 
@@ -46,7 +47,7 @@ def submit(options: Any) -> int:
 
         figures = show_summary(plan.run, say)
         if options.json:
-            print(json.dumps({"exit_status": EXIT_OK, **figures}))
+            print_json({"exit_status": EXIT_OK, **figures})
         return EXIT_OK
     pack_if_needed(plan, say)
     with ExitStack() as stack:
@@ -64,8 +65,7 @@ def submit(options: Any) -> int:
                 return EXIT_FAILED
             say(f"ray: ready after {cluster.seconds_to_start:.1f} s at {cluster.address}")
             address, token = cluster.address, cluster.token
-            if not options.json:  # the object stays the last line
-                stack.callback(lambda: say("ray: stopping the local cluster"))
+            stack.callback(lambda: say("ray: stopping the local cluster"))
         status = _run_job(plan, options, address, token)
     if status == EXIT_OK and not plan.run.exists():
         say(f"the job is done; its run folder {plan.run} is on the cluster's storage")
@@ -87,8 +87,9 @@ def _run_job(plan: Plan, options: Any, address: str, token: str | None) -> int:
     with tempfile.TemporaryDirectory(prefix="trimtab-job-") as folder:
         working_dir = stage(ROOT, Path(folder) / "code", extra={CONFIG_FILE: dump(plan.config)})
         say(f"ray: submitting the job: {shlex.join(command)}")
+        log = JobLog()
         try:
-            return submit_job(
+            status = submit_job(
                 command,
                 working_dir=working_dir,
                 address=address,
@@ -97,6 +98,29 @@ def _run_job(plan: Plan, options: Any, address: str, token: str | None) -> int:
                 submission_id=f"{plan.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                 metadata={"run": str(plan.run)},
                 stop_grace_s=plan.config.cluster.stop_grace_s,
+                on_output=log.show,
             )
         except JobError as error:
             raise ConfigError([str(error)]) from error
+    if options.json:
+        print_json(log.figures or {"exit_status": status})
+    return status
+
+
+class JobLog:
+    """Shows a job's log and keeps the object that `train --json` wrote into it: a job's two outputs are one log."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, Any] = {}
+
+    def show(self, text: str) -> None:
+        """Takes whole lines."""
+        for line in text.splitlines(keepends=True):
+            if line.startswith('{"exit_status": '):
+                try:
+                    self.figures = json.loads(line)
+                    continue
+                except ValueError:
+                    pass  # a line of text after all
+            sys.stdout.write(line)
+        sys.stdout.flush()

@@ -133,6 +133,8 @@ class BalanceConfig:
     rate_warmup_steps: optimizer steps over which the rate rises linearly to its full value.
     rate_schedule: how the rate then falls: `constant` does not; `step` drops to zero at `rate_zero_at` (DeepSeek-V3);
         `linear` and `cosine` fall from `rate_anneal_from` to zero at `rate_zero_at`; all counted in optimizer steps.
+    rate_anneal_from: the optimizer step at which `linear` and `cosine` begin to fall.
+    rate_zero_at: the optimizer step from which on the rate is zero.
     recentre: subtract each layer's mean from its bias after every move; no choice depends on it.
     aux_loss_coef: weight of the `aux_loss` rule's loss, summed over layers.
     seq_aux_loss_coef: weight of the sequence-wise balance loss (DeepSeek-V3 uses 1e-4; 0 switches it off), any rule.

@@ -34,10 +34,10 @@ def test_list_and_prune(trimtab, trained: Path) -> None:
     (trained / "checkpoints" / ".step-00000009.tmp").mkdir()
     listed = trimtab("checkpoint", "list", trained, "--json")
     assert listed.returncode == 0, listed.stderr
-    said = json.loads(listed.stdout.splitlines()[-1])
+    said = json.loads(listed.stdout)
     assert [one["step"] for one in said["checkpoints"]] == [2, 4, 5, 6]
     assert [one.get("world_size") for one in said["checkpoints"]] == [1, 1, 1, None]
-    assert "step        6  NOT READABLE: " in listed.stdout and "does not match COMMIT" in listed.stdout
+    assert "step        6  NOT READABLE: " in listed.stderr and "does not match COMMIT" in listed.stderr
     assert said["drafts"] == [".step-00000009.tmp"]
 
     dry = trimtab("checkpoint", "prune", trained, "--keep", 1, "--keep-every", 0, "--dry-run")
