@@ -1,12 +1,13 @@
 """`trimtab runs [DIR]`: every run under a folder."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_OK
+from launch.arguments import add_json
 from launch.config import ConfigError
+from launch.output import print_json
 from launch.run_list import as_data, list_runs, table
 
 
@@ -19,7 +20,7 @@ def add_runs_command(commands: Any) -> None:
         epilog="example: trimtab runs runs",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, nargs="?", default=Path("runs"), help="default: runs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    add_json(parser)
     parser.set_defaults(run_command=_runs)
 
 
@@ -28,7 +29,7 @@ def _runs(options: argparse.Namespace) -> int:
         raise ConfigError([f"{options.folder} is not a folder; give one that holds runs, such as runs"])
     lines = list_runs(options.folder)
     if options.json:
-        print(json.dumps({"folder": str(options.folder), "runs": as_data(lines)}))
+        print_json({"folder": str(options.folder), "runs": as_data(lines)})
     elif lines:
         print(table(lines))
     else:
