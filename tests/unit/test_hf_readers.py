@@ -138,6 +138,7 @@ def test_what_single_readers_cannot_do_is_said(tmp_path: Path) -> None:
         notes = reader_notes(model, tokenizer)
         assert len(notes) == len(wanted), notes
         assert all(any(said in note for note in notes) for said in wanted), notes
+    assert not reader_notes(read("laptop", [], []).model, DEEPSEEK)  # the preset that people serve on their own machine
     run = hf_cases.make_run(tmp_path / "run", hf_cases.random_model(hf_cases.random_config(3, "v3"), 1))
     told = export(run, tmp_path / "hf", ExportOptions(tokenizer=hf_cases.bytes_tokenizer(tmp_path)))
     card = (tmp_path / "hf" / "README.md").read_text()
