@@ -64,6 +64,7 @@ def complete(
     stops: Sequence[str] = (),
     batch: int = 8,
     context: int | None = None,
+    begin: Sequence[int] | None = None,
     drafter: Callable[[int], Drafter] | None = None,
     show: Show | None = None,
 ) -> Completions:
@@ -72,19 +73,19 @@ def complete(
     Args:
         stops: a text ends before the first of them.
         context: tokens looked at; None is the sequence length of training.
+        begin: the ids before a prompt; None is the end-of-document token, which an empty prompt has in any case.
         show: called as show(prompt's number, text) with every piece.
     """
     tokenizer = loaded.tokenizer
-    requests = [
-        Request([tokenizer.eod_id, *tokenizer.encode(prompt).tolist()], max_new_tokens, seed + number)
-        for number, prompt in enumerate(prompts)
-    ]
+    first = [tokenizer.eod_id] if begin is None else list(begin)
+    told = [[*first, *tokenizer.encode(prompt).tolist()] or [tokenizer.eod_id] for prompt in prompts]
+    requests = [Request(ids, max_new_tokens, seed + number) for number, ids in enumerate(told)]
     began = time.perf_counter()
     generation = Generation(
         loaded.model, requests, sampling, eod_id=tokenizer.eod_id, batch=batch, drafter=drafter,
         max_context=context or loaded.config.data.seq_len,
     )  # fmt: skip
-    streams = [TextStream(tokenizer.decode_bytes, stops, request.prompt_ids[1:][-_BEFORE:]) for request in requests]
+    streams = [TextStream(tokenizer.decode_bytes, stops, ids[len(first) :][-_BEFORE:]) for ids in told]
     pieces: list[list[str]] = [[] for _ in prompts]
     new_tokens, finished = [0] * len(prompts), [""] * len(prompts)
 

@@ -77,7 +77,7 @@ def _eval(options: Any) -> int:
     ) -> list[str]:
         made = complete(
             loaded, prompts, Sampling(temperature), max_new_tokens=max_new_tokens, seed=seed, stops=stop,
-            batch=options.batch_size, context=window,
+            batch=options.batch_size, context=window, begin=loaded.begin,
         )  # fmt: skip
         return [one.text for one in made.completions]
 

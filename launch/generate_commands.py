@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     made = complete(
         loaded, prompts, Sampling(options.temperature, options.top_k, options.top_p),
         max_new_tokens=options.max_new_tokens, seed=options.seed, stops=options.stop, batch=options.batch,
-        context=options.context, drafter=drafter, show=printer.show,
+        context=options.context, begin=loaded.begin, drafter=drafter, show=printer.show,
     )  # fmt: skip
     printer.finish()
     if made.counts.acceptance is not None:

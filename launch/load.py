@@ -12,7 +12,7 @@ from data.mixture import MixedDataset, open_data
 from data.tokenizer import Tokenizer, load_tokenizer
 from launch.config import Config, ConfigError, from_tables, read
 from launch.resume import checkpoint_root
-from launch.run_tokenizer import kept_tokenizer, mismatch, same_ids
+from launch.run_tokenizer import begin_ids, kept_tokenizer, mismatch, same_ids
 from launch.runfolder import RunFolder
 from launch.session import bias_buffers
 from model.exchange import LocalExchange
@@ -34,7 +34,8 @@ from parallel.roots import Root, readable
 class LoadedRun:
     """A run's model on one device, with what belongs to it.
 
-    dataset: None where there is none to be had; `no_data` says why. tokenizer: the model's own.
+    dataset: None where there is none to be had; `no_data` says why. tokenizer: the model's own. begin: the ids that
+    stand before a prompt, none for some imported models.
     """
 
     config: Config
@@ -42,7 +43,8 @@ class LoadedRun:
     model: Transformer
     dataset: Dataset | MixedDataset | None
     tokenizer: Tokenizer
-    no_data: str = ""
+    no_data: str
+    begin: tuple[int, ...]
 
 
 def committed_checkpoints(folder: Path) -> list[Root]:
@@ -115,7 +117,7 @@ def load_run(
     model.eval()
     if device is not None:
         model.to(device)
-    return LoadedRun(config, saved, model, dataset, own, no_data)
+    return LoadedRun(config, saved, model, dataset, own, no_data, begin_ids(kept_tokenizer(folder), own))
 
 
 def _tokenizer_and_data(

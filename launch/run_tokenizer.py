@@ -132,6 +132,27 @@ def kept_tokenizer(run: Path) -> KeptTokenizer | None:
     return KeptTokenizer(folder / FILE, tokenizer, imported, files, ids)
 
 
+def begin_ids(kept: KeptTokenizer | None, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What stands before a prompt: the end-of-document token, or what an imported model's own tokenizer puts there.
+
+    The latter is `bos_token` where tokenizer_config.json says `add_bos_token`, nothing where it says false, and else
+    what the post-processor of tokenizer.json adds.
+    """
+    if kept is None or not kept.imported:
+        return (tokenizer.eod_id,)
+    import tokenizers
+
+    inner = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    settings = json.loads(kept.files.get("tokenizer_config.json", "{}"))
+    if "add_bos_token" in settings:
+        told = settings.get("bos_token")
+        number = inner.token_to_id(told.get("content", "") if isinstance(told, dict) else str(told))
+        return () if number is None or not settings["add_bos_token"] else (number,)
+    one = inner.encode("a")
+    text = one.special_tokens_mask.index(0) if 0 in one.special_tokens_mask else 0
+    return tuple(one.ids[:text])
+
+
 def data_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer of a configuration's data.
 

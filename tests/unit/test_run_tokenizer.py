@@ -188,6 +188,19 @@ def test_generation_and_export_refuse_the_data_of_another_tokenizer(place: Path,
         load_run(run, tokenizer=wrong)
 
 
+def test_a_prompt_begins_as_the_imported_model_knows_it(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    bring(place, run)
+    assert load_run(run).begin == ()  # its post-processor adds nothing
+    settings = run / "tokenizer" / "tokenizer_config.json"
+    settings.write_text(json.dumps({"bos_token": {"content": "x"}, "add_bos_token": True}))
+    assert load_run(run).begin == (load_run(run).tokenizer.encode("x")[0],)
+    settings.write_text(json.dumps({"bos_token": "x", "add_bos_token": False}))
+    assert load_run(run).begin == ()
+    shutil.rmtree(run / "tokenizer")
+    assert load_run(run).begin == (0,)  # as packing begins a document
+
+
 def test_a_run_keeps_the_tokenizer_that_it_was_started_on(place: Path, tmp_path: Path) -> None:
     run = hf_cases.make_run(tmp_path / "run", hf_cases.random_model(MODEL, 0))
     data = preflight.read(settings(place, "other"), [], []).data
