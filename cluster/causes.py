@@ -86,6 +86,8 @@ def cause_of(failure: RankFailure, place: Place, names: Names = NO_NAMES) -> Cau
     if failure.kind == "start":
         return "worker"
     raised = set(failure.exception)
+    if "NoTerminalError" in raised:
+        return "user_error"
     if raised & set(names.numeric):
         return "numeric"
     if raised & set(names.storage):

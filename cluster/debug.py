@@ -45,4 +45,6 @@ def run(entry: str, payload: dict, *, stop: StopFlag | None = None, generation: 
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if "BdbQuit" in report.get("exception", ()):
+        report["error"] = "left in the debugger; the same command goes on from the newest checkpoint"
     return conclude([report], stop_asked=context.stop.is_set())

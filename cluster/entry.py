@@ -7,8 +7,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping
+from contextlib import nullcontext
 
 from cluster.context import EXIT_FAILED, RankContext
+from cluster.no_terminal import without_terminal
 from cluster.process import uncollected
 from cluster.redact import redact
 
@@ -66,10 +68,13 @@ def run_entry(entry: str, payload_text: str, context: RankContext) -> dict:
 
     "exception" lists the names of what was raised, its class first, then its base classes.
 
-    SystemExit becomes a failure with its status; KeyboardInterrupt passes through.
+    SystemExit becomes a failure with its status; KeyboardInterrupt passes through. Launchers other than debug have no
+    terminal for a rank: breakpoint() is an error there that says so.
     """
     try:
-        result = resolve(entry)(context, json.loads(payload_text))
+        alone = nullcontext() if context.launcher == "debug" else without_terminal(context.rank, context.launcher)
+        with alone:
+            result = resolve(entry)(context, json.loads(payload_text))
         encode(result, f"the result of {entry} on rank {context.rank}")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else EXIT_FAILED

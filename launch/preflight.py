@@ -23,7 +23,7 @@ from launch.config import (
     world_size_for,
 )
 from launch.devices import device_problems
-from launch.resume import refused_changes, saved_config
+from launch.resume import differences, refused_changes, saved_config
 from launch.run_tokenizer import training_problems
 from parallel.remote import is_remote
 
@@ -288,6 +288,9 @@ def _check_run(
             f"run: {folder} is complete ({saved.step} steps), nothing is trained; train.steps={saved.step * 2} goes on "
             "from there, another --run starts afresh"
         )
+        unused = [key for key in differences(saved.config, config) if key != "train.steps"]
+        if unused:
+            notes.append(f"run: these keys differ from the run's and were not used: {', '.join(unused)}")
         return True
     notes.append(f"run: going on from {saved.newest}")
     return False

@@ -176,6 +176,8 @@ def event_line(event: Mapping[str, Any]) -> str:
     known: tuple[str, ...] = ("time", "seconds", "process", "kind", "cause", "step")
     if event["kind"] == "alarm":  # the cause says all of it
         known = tuple(event)
+    if event["kind"] == "start":  # a line of its own and the report say these
+        known += ("parameters", "active_parameters", "hardware", "versions", "commit", "date")
     rest = ", ".join(f"{key} {value}" for key, value in event.items() if key not in known and value is not None)
     at = f" at step {event['step']}" if "step" in event else ""
     return f"{event['kind']}{at}: {event['cause']}{f' ({rest})' if rest else ''}"

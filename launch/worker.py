@@ -16,6 +16,7 @@ from launch.drills import Faults
 from launch.runfolder import RunFolder
 from launch.sections import Sections
 from launch.session import Session, assemble
+from launch.start_facts import in_words, start_facts
 from launch.train import tell_data, train
 from parallel.ranks import Ranks, choose_device, join_process_group, process_ranks, single_rank, virtual_ranks
 from parallel.threads import run_virtual_ranks
@@ -101,6 +102,7 @@ def _train(
     )  # fmt: skip
     try:
         layout = ranks.layout
+        facts = start_facts(config.model, device, context.launcher) if session.telemetry.main else {}
         session.telemetry.event(
             "start",
             cause=payload["cause"],
@@ -112,7 +114,10 @@ def _train(
             device=str(device),
             threads_per_rank=torch.get_num_threads(),
             cpu_products="onednn" if in_steps() else "mkl",
+            **facts,
         )
+        if facts:
+            session.telemetry.note(in_words(facts))
         loading = time.time()
         session.at("load")
         first_step = session.resume(payload["resume"], payload["accepted"])

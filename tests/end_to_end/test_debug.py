@@ -138,3 +138,39 @@ def test_breakpoint_works_in_the_exchange_on_every_virtual_rank(config: Path, tm
     assert "('here', 0, (64, 32))" in said, said
     assert "('here', 1, (64, 32))" in said, said
     assert "rank-0" in said and "rank-1" in said
+
+
+STOPS = """
+import sys
+from launch.cli import main
+from parallel.exchange import AllToAllExchange
+real = AllToAllExchange.run
+def run(self, x, *rest):
+    breakpoint()
+    return real(self, x, *rest)
+AllToAllExchange.run = run
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
+def test_q_leaves_the_debugger_once_for_all_virtual_ranks(config: Path, tmp_path: Path) -> None:
+    import subprocess
+
+    (tmp_path / "stops.py").write_text(STOPS)
+    terminal, ours = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "stops.py"), "train", str(config), "parallel.virtual_ranks=2", "train.steps=1",
+         "--launcher", "debug", "--run", str(tmp_path / "run"), "--no-summary"],
+        stdin=ours, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    os.write(terminal, b"q\n")
+    said, _ = process.communicate(timeout=120)
+    os.close(terminal)
+    os.close(ours)
+    assert process.returncode == 1, said
+    assert said.count("(Pdb rank-") == 1 and "left in the debugger" in said and "Traceback" not in said, said
+    start = next(event for event in events(tmp_path / "run") if event["kind"] == "start")
+    assert f"model: {start['parameters']:,} parameters, {start['active_parameters']:,} of them active" in said
+    assert start["versions"]["torch"] and start["hardware"]["cores"] >= 1 and start["date"].startswith("20")
