@@ -250,7 +250,7 @@ class Dataset:
             DataError: tokenizer.json is not the one of the manifest, or its package is not installed.
         """
         if self._tokenizer is None:
-            tokenizer = load_tokenizer(self._folder / TOKENIZER, self.manifest.tokenizer)
+            tokenizer = load_tokenizer(self._folder / TOKENIZER, self.manifest.tokenizer, eod_id=self.manifest.eod_id)
             if tokenizer.fingerprint != self.manifest.tokenizer_sha256:
                 raise DataError(f"{self._folder / TOKENIZER}: is not the tokenizer of the packing; {_STALE}")
             self._tokenizer = tokenizer

@@ -18,6 +18,7 @@ from data.encoding import Encoding
 from data.errors import DataError
 from data.heldout import HeldoutChoice, split_tail
 from data.leftout import DUPLICATE, Account, LeftOut
+from data.lossiness import LossMeter
 from data.manifest import DOCUMENTS, MANIFEST, Manifest, SourceInfo, SplitInfo
 from data.progress import PROGRESS, PackState
 from data.shards import ShardWriter
@@ -142,14 +143,14 @@ def _kept(opened: list[Source], entries: dict[str, Entry]) -> Iterator[Document]
         raise DataError(f"{len(entries) - seen} documents vanished while they were packed; pack again")
 
 
-def make_tokenizer(spec: str, parts: Sequence[Part], report: Progress) -> Tokenizer:
+def make_tokenizer(spec: str, parts: Sequence[Part], report: Progress, end_token: str | None = None) -> Tokenizer:
     """The tokenizer that `spec` asks for; "bpe:N" is trained on what is not held out, at most 64 MiB of it."""
     if spec == "bytes":
         return ByteTokenizer()
     if spec == DEEPSEEK:
         return load_tokenizer(deepseek_file(), DEEPSEEK)
     if not spec.startswith("bpe:"):
-        return load_tokenizer(spec)
+        return load_tokenizer(spec, eod_token=end_token)
     total = sum(part.found.n_bytes for part in parts)
     share = min(1.0, _TRAINING_BYTES / total)
 
@@ -178,10 +179,14 @@ def write_dataset(
     shard_bytes: int,
     encoding: Encoding,
     report: Progress,
+    allow_lossy: bool = False,
 ) -> Manifest | None:
     """Last reading: encodes, writes shards, indexes, documents.jsonl and the manifest; the tokenizer is in the folder.
 
     What an interrupted packing has left in the folder is kept. None on processes that only encode.
+
+    Raises:
+        DataError: a document's tokens hold the end token, or the tokenizer loses too much of the text.
     """
     opened, found, choice = part.opened, part.found, part.choice
     dtype = np.dtype("<u2") if encoder.vocab_size <= 1 << 16 else np.dtype("<u4")
@@ -196,6 +201,7 @@ def write_dataset(
     for split, saved in state.writers.items():
         writers[split].restore(saved)
     (folder / DOCUMENTS).touch()
+    meter = LossMeter(encoder, state, found.n_bytes, allow_lossy)
     unsaved = 0
     try:
         with (folder / DOCUMENTS).open("r+b") as listing:
@@ -210,8 +216,10 @@ def write_dataset(
 
             for encoded in encoding.encoded(texts_of(_batches(documents)), encoder):
                 for (split, document), ids in zip(waiting.popleft(), encoded, strict=True):
-                    if split == "heldout" or state.number == 0:
-                        state.lossless = state.lossless and encoder.decode_bytes(ids.tolist()) == document.data
+                    if (ids == encoder.eod_id).any():
+                        raise DataError(_end_inside(document, encoder, ids))
+                    if meter.everything or split == "heldout" or state.number == 0:
+                        meter.take(document.name, document.data, ids)
                     tokens = np.append(ids, np.uint32(encoder.eod_id)).astype(dtype)
                     key = f"{state.number:08d}"
                     writers[split].add(key, tokens, document.data if split == "heldout" else None)
@@ -244,6 +252,7 @@ def write_dataset(
     finally:
         for writer in writers.values():
             writer.abort()
+    loss = meter.result()
     splits = {}
     for split, written in shards.items():
         n_documents, n_bytes = state.counts[split]
@@ -263,10 +272,20 @@ def write_dataset(
         ),
         n_duplicates=found.n_duplicates,
         documents_sha256=listing_sha256.hexdigest(),
+        loss=loss,
     )
     (folder / PROGRESS).unlink(missing_ok=True)
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _end_inside(document: Document, encoder: Tokenizer, ids: np.ndarray) -> str:
+    where = int(np.argmax(ids == encoder.eod_id))
+    return (
+        f"{document.origin}: {document.name}: token {where} of {len(ids)} is the end-of-document token "
+        f"{encoder.eod_id} of {encoder.spec}, whose vocabulary holds that token's text as a word, and the document "
+        f"would be cut there; change that text in the document, or pack with bytes, bpe:N or another --end-token"
+    )
 
 
 def _split(documents: Iterator[Document], choice: HeldoutChoice) -> Iterator[tuple[str, Document]]:

@@ -64,7 +64,9 @@ class ProcessEncoding(HereEncoding):
     def encoded(self, batches: Iterable[Texts], tokenizer: Tokenizer) -> Iterator[list[np.ndarray]]:
         """As many batches ahead as keep all processes busy."""
         context = multiprocessing.get_context("spawn")  # a fork would copy threads that hold locks
-        with ProcessPoolExecutor(self._workers, context, _open, (str(self._file), tokenizer.spec)) as pool:
+        with ProcessPoolExecutor(
+            self._workers, context, _open, (str(self._file), tokenizer.spec, tokenizer.eod_id)
+        ) as pool:
             waiting: deque[Future[list[np.ndarray]]] = deque()
             try:
                 for batch in batches:
@@ -134,8 +136,8 @@ def mpi_communicator() -> Any:
 _tokenizer: list[Tokenizer] = []  # of a worker process: set once when it starts
 
 
-def _open(file: str, spec: str) -> None:
-    _tokenizer[:] = [load_tokenizer(file, spec)]
+def _open(file: str, spec: str, eod_id: int) -> None:
+    _tokenizer[:] = [load_tokenizer(file, spec, eod_id=eod_id)]
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:

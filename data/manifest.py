@@ -56,6 +56,19 @@ class SourceInfo:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What the tokenizer loses: the share of the text's bytes that decoding does not give back, and the share of the
+    tokens that are the unknown token, both of the documents that were measured."""
+
+    lost_bytes: float
+    unknown_tokens: float
+
+    def __str__(self) -> str:
+        unknown = f"{self.unknown_tokens:.2%} of the tokens are unknown"
+        return f"the tokenizer loses {self.lost_bytes:.2%} of the bytes; {unknown}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A dataset's contents.
 
@@ -63,12 +76,14 @@ class Manifest:
         tokenizer: specification it was packed with, for example "bpe:4096".
         tokenizer_sha256: of the file tokenizer.json.
         vocab_size, eod_id: of the tokenizer.
-        lossless: decoding the held-out (or, without any, the first) documents gave back their bytes.
+        lossless: decoding gave back the bytes of every document that was measured: of all of them with a given
+            tokenizer.json, of the held-out ones and the first with the others. Bits per byte mean nothing without it.
         dtype: "<u2" or "<u4", the stored tokens.
         train, heldout: the two splits.
         sources: what it was packed from.
         n_duplicates: documents left out because an identical one was there.
         documents_sha256: of the file documents.jsonl.
+        loss: how much is lost; None where nothing is, or where an older version packed.
         fingerprint: sha256 of the manifest file, not part of it.
     """
 
@@ -83,6 +98,7 @@ class Manifest:
     sources: tuple[SourceInfo, ...]
     n_duplicates: int
     documents_sha256: str
+    loss: Loss | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -91,6 +107,8 @@ class Manifest:
     def to_json(self) -> str:
         """Canonical text: sorted keys, so that equal contents give equal fingerprints."""
         content = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        if self.loss is None:  # as before there was such a key
+            del content["loss"]
         return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -175,6 +193,8 @@ def _from_json(content: dict[str, Any]) -> Manifest:
         shards = tuple(ShardInfo(**shard) for shard in content[name]["shards"])
         content[name] = SplitInfo(**{**content[name], "shards": shards})
     content["sources"] = tuple(SourceInfo(**source) for source in content["sources"])
+    if "loss" in content:
+        content["loss"] = Loss(**content["loss"])
     return Manifest(**content)
 
 

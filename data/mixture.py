@@ -227,6 +227,11 @@ class MixedDataset:
                     f"{datasets[0].path} with {self.manifest.tokenizer}, and they are not the same; pack both with the "
                     f"tokenizer.json of one of them"
                 )
+            if other.manifest.eod_id != self.manifest.eod_id:
+                raise DataError(
+                    f"data.mixture: documents of {other.path} end with token {other.manifest.eod_id}, those of "
+                    f"{datasets[0].path} with {self.manifest.eod_id}; pack both with the same --end-token"
+                )
         self.fingerprint = mixed_fingerprint([dataset.fingerprint for dataset in datasets])
         self.train = MixedSplit([dataset.train for dataset in datasets])
 

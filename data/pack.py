@@ -16,8 +16,8 @@ from data.encode import Progress
 from data.encoding import Encoding
 from data.errors import DataError
 from data.leftout import Account, account_lines, accounts_in
-from data.manifest import MANIFEST, MIXTURE, PACK_RECORD, Manifest, read_manifest
-from data.packing import Settings, reusable, write_and_publish
+from data.manifest import MANIFEST, MIXTURE, PACK_RECORD, Loss, Manifest, read_manifest
+from data.packing import Settings, end_of, reusable, write_and_publish
 from data.tokenizer import DEEPSEEK, check_spec, deepseek_file
 from data.weighted import Mixture, WeightedSource, check_weighted, read_mixture
 
@@ -44,7 +44,8 @@ class Packed:
             f"{heldout.n_documents} held out; left out {self.manifest.n_duplicates} duplicates and {left_out} "
             f"other files or rows; {self.seconds:.1f} s"
         )
-        return "\n".join([line, *account_lines(self.accounts)])
+        loss = [f"  {self.manifest.loss}"] if self.manifest.loss else []
+        return "\n".join([line, *loss, *account_lines(self.accounts)])
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class PackedMixture:
     reused: bool
     seconds: float
     accounts: tuple[Account, ...] = ()
+    losses: tuple[Loss | None, ...] = ()  # of each source
 
     def __str__(self) -> str:
         whole = sum(source.weight for source in self.mixture.sources)
@@ -68,6 +70,8 @@ class PackedMixture:
             f"{source.n_tokens:,} tokens, {source.n_heldout} held out, licence {source.licence}"
             for source in self.mixture.sources
         ]
+        for source, loss in zip(self.mixture.sources, self.losses, strict=False):
+            lines += [f"  {source.name}: {loss}"] if loss else []
         return "\n".join([*lines, *account_lines(self.accounts)])
 
 
@@ -159,7 +163,7 @@ def pack_weighted(
         one.name = source.name
     signature = _signature(opened, settings, [source.weight for source in sources])
     if (there := reusable(out, signature, overwrite, _intact_mixture)) is not None:
-        return PackedMixture(out, there, True, time.perf_counter() - started, _accounts(out))
+        return _packed_mixture(out, there, True, started)
 
     def finish(folder: Path, manifests: list[Manifest]) -> dict:
         mixture = Mixture.of([(source.name, source.weight) for source in sources], manifests)
@@ -168,7 +172,12 @@ def pack_weighted(
 
     groups = [(one.name, [one]) for one in opened]
     raced = write_and_publish(groups, out, signature, settings, finish)
-    return PackedMixture(out, _intact_mixture(out), raced, time.perf_counter() - started, _accounts(out))
+    return _packed_mixture(out, _intact_mixture(out), raced, started)
+
+
+def _packed_mixture(out: Path, mixture: Mixture, reused: bool, started: float) -> PackedMixture:
+    losses = tuple(read_manifest(out / source.name).loss for source in mixture.sources)
+    return PackedMixture(out, mixture, reused, time.perf_counter() - started, _accounts(out), losses)
 
 
 def pack_builtin(name: str, root: str | Path = "datasets", *, progress: Progress | None = None) -> Packed:
@@ -209,8 +218,14 @@ def _check(sources: Sequence[str], settings: Settings, problems: Sequence[str] =
         found.append(f"heldout = {settings.heldout} is not a share from 0 to 0.5; use for example 0.02")
     if not settings.heldout_kib >= 0:
         found.append(f"heldout_kib = {settings.heldout_kib} is negative; use for example 256")
+    own = settings.tokenizer in ("bytes", DEEPSEEK) or settings.tokenizer.startswith("bpe:")
+    if own and settings.end_token is not None:
+        found.append(
+            f"--end-token belongs to a tokenizer.json; the tokenizer {settings.tokenizer} has an end of its own"
+        )
     if found:
         raise DataError("; ".join(found))
+    end_of(settings)  # the file can be used: said before hours of reading
 
 
 def _shown(spec: str) -> str:
@@ -241,6 +256,7 @@ def _signature(opened: list[Source], settings: Settings, weights: Sequence[float
     tokenizer = settings.tokenizer
     file = deepseek_file() if tokenizer == DEEPSEEK else Path(tokenizer)
     is_file = tokenizer != "bytes" and not tokenizer.startswith("bpe:")
+    eod_id = end_of(settings)
     inputs = {
         "layout": _LAYOUT_VERSION,
         "tokenizer": hashlib.sha256(file.read_bytes()).hexdigest() if is_file else tokenizer,
@@ -249,6 +265,7 @@ def _signature(opened: list[Source], settings: Settings, weights: Sequence[float
         "heldout_kib": settings.heldout_kib,
         "sources": [(source.name, source.licence, source.signature()) for source in opened],
         **({} if weights is None else {"weights": list(weights)}),
+        **({} if eod_id is None else {"eod_id": eod_id}),
         **({} if settings.field == TEXT_FIELD else {"field": settings.field}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode("utf-8")).hexdigest()

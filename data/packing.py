@@ -42,6 +42,17 @@ class Settings:
     allow_left_out: bool = False
 
 
+def end_of(settings: Settings) -> int | None:
+    """The id of the token that ends a document, of a given tokenizer.json; None for the tokenizers that have one end.
+
+    Raises:
+        DataError: the file cannot be used, or none of its tokens is known to end a document.
+    """
+    if settings.tokenizer in ("bytes", DEEPSEEK) or settings.tokenizer.startswith("bpe:"):
+        return None
+    return load_tokenizer(settings.tokenizer, eod_token=settings.end_token).eod_id
+
+
 def write_and_publish(
     groups: Sequence[tuple[str, list[Source]]],
     out: Path,
@@ -85,19 +96,21 @@ def write_and_publish(
     raced = False
     try:
         if here.writes and not (folders[0] / TOKENIZER).exists():
-            place_file(folders[0] / TOKENIZER, make_tokenizer(settings.tokenizer, parts, report).to_json().encode())
+            made = make_tokenizer(settings.tokenizer, parts, report, settings.end_token)
+            place_file(folders[0] / TOKENIZER, made.to_json().encode())
         here.share(None)  # the file is there from here on
         spec = settings.tokenizer
         if spec != DEEPSEEK and not spec.startswith("bpe:"):
             spec = Path(spec).name
-        encoder = load_tokenizer(folders[0] / TOKENIZER, spec)
+        eod_id = here.share(end_of(settings) if here.writes else None)
+        encoder = load_tokenizer(folders[0] / TOKENIZER, spec, eod_id=eod_id)
         for (name, _), part, folder in zip(groups, parts, folders, strict=True):
             if here.share(here.writes and (folder / MANIFEST).exists()):
                 continue  # finished before the interruption
             if here.writes:
                 place_file(folder / TOKENIZER, encoder.to_json().encode())
             named = report if not name else _naming(report, name)
-            write_dataset(folder, part, encoder, int(settings.shard_mb * (1 << 20)), here, named)
+            write_dataset(folder, part, encoder, int(settings.shard_mb * (1 << 20)), here, named, settings.allow_lossy)
         if here.writes:
             manifests = [read_manifest(folder) for folder in folders]
             for folder, manifest in zip(folders, manifests, strict=True):

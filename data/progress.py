@@ -21,6 +21,8 @@ class PackState:
 
     Attributes:
         number: documents written; done: bytes of their text; lossless: see Manifest; listing_bytes: of documents.jsonl.
+        measured_bytes, lost_bytes, measured_tokens, unknown_tokens: what LossMeter has counted; lossy_example: the
+            first document that lost something.
         counts: [documents, bytes of text] by split; writers: ShardWriter.state() by split.
     """
 
@@ -28,6 +30,11 @@ class PackState:
     done: int = 0
     lossless: bool = True
     listing_bytes: int = 0
+    measured_bytes: int = 0
+    lost_bytes: int = 0
+    measured_tokens: int = 0
+    unknown_tokens: int = 0
+    lossy_example: str = ""
     counts: dict[str, list[int]] = field(default_factory=lambda: {"train": [0, 0], "heldout": [0, 0]})
     writers: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -12,22 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from data.errors import DataError
+from data.tokenizer_files import END_OF_DOCUMENT, end_beside, find_end, read_tokenizer_file
 
 if TYPE_CHECKING:
     import tokenizers
 
-END_OF_DOCUMENT = "<|endoftext|>"
-# Names that published tokenizers give their end-of-document token, in the order in which they are looked for.
-_KNOWN_ENDS = (
-    END_OF_DOCUMENT,
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "<|end_of_text|>",
-    "<|end_of_document|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "[SEP]",
-)
 # Words with their leading space or punctuation mark, digits by up to three, runs of symbols, line ends, indentation.
 _SPLIT = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BYTES_FORMAT = "trimtab-bytes"
@@ -39,12 +28,14 @@ class Tokenizer(Protocol):
     """What packing, generation and evaluation need of a tokenizer.
 
     Attributes: spec ("bytes", "bpe:4096" or the file's name), vocab_size, eod_id (the end-of-document token),
-    fingerprint (sha256 of the saved file, hex).
+    unknown_id (the token for what is not in the vocabulary, None if there is none), fingerprint (sha256 of the saved
+    file, hex).
     """
 
     spec: str
     vocab_size: int
     eod_id: int
+    unknown_id: int | None
     fingerprint: str
 
     def encode(self, text: str) -> np.ndarray: ...
@@ -65,6 +56,7 @@ class ByteTokenizer:
         self.spec = "bytes"
         self.vocab_size = 257
         self.eod_id = 256
+        self.unknown_id: int | None = None
         self.fingerprint = _sha256(self.to_json())
 
     def encode(self, text: str) -> np.ndarray:
@@ -91,11 +83,17 @@ class ByteTokenizer:
 class HubTokenizer:
     """A tokenizer of the Hugging Face `tokenizers` library.
 
-    A special token's name that occurs in a text is encoded as ordinary text, so that a document cannot contain an
-    end-of-document token by accident.
+    A special token's name that occurs in a text is encoded as ordinary text. Where the vocabulary itself holds that
+    name as a word (Unigram and word-level ones may), it is still that token: packing refuses such a document.
+
+    Args:
+        inner: the library's tokenizer.
+        spec: its name.
+        content: of its file.
+        eod_id: the token that ends a document.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, spec: str, content: str, eod_token: str | None = None) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, spec: str, content: str, eod_id: int) -> None:
         self._inner = inner
         self._inner.encode_special_tokens = True
         self._inner.no_truncation()
@@ -106,8 +104,10 @@ class HubTokenizer:
         vocabulary = inner.get_vocab(with_added_tokens=True)
         largest = max(vocabulary.values()) + 1
         self.vocab_size = max(largest, DEEPSEEK_VOCABULARY) if spec == DEEPSEEK else largest
-        self.eod_id = _find_end(vocabulary, spec, eod_token)
-        self._byte_of = {char: byte for byte, char in byte_characters().items()} if _is_byte_level(content) else None
+        self.eod_id = eod_id
+        header = json.loads(content)
+        self.unknown_id: int | None = _unknown_of(header, vocabulary)
+        self._pieces = _byte_pieces(inner) if _is_byte_level(header) else None
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text, (n,) uint32, without an end-of-document token."""
@@ -124,20 +124,11 @@ class HubTokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of token ids for a byte-level vocabulary (else the decoded text's), end tokens left out."""
-        kept = [int(token) for token in ids if token != self.eod_id]
-        if self._byte_of is None:
+        if self._pieces is None:
+            kept = [int(token) for token in ids if token != self.eod_id]
             return self._inner.decode(kept, skip_special_tokens=False).encode("utf-8")
-        pieces = []
-        added = self._inner.get_added_tokens_decoder()
-        for token in kept:
-            text = self._inner.id_to_token(token)
-            if text is None:  # an id between the vocabulary and the model's padded table
-                continue
-            if token in added:
-                pieces.append(added[token].content.encode("utf-8"))
-            else:
-                pieces.append(bytes(self._byte_of[char] for char in text))
-        return b"".join(pieces)
+        get = self._pieces.get  # ids between the vocabulary and the model's padded table have none
+        return b"".join([get(int(token), b"") for token in ids if token != self.eod_id])
 
     def to_json(self) -> str:
         """The file's content, a Hugging Face tokenizer.json."""
@@ -169,7 +160,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HubTokenizer:
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
-    return HubTokenizer(inner, f"bpe:{vocab_size}", inner.to_str(), END_OF_DOCUMENT)
+    return HubTokenizer(inner, f"bpe:{vocab_size}", inner.to_str(), inner.token_to_id(END_OF_DOCUMENT))
 
 
 def deepseek_file() -> Path:
@@ -188,22 +179,24 @@ def deepseek_file() -> Path:
     return path
 
 
-def load_tokenizer(path: str | Path, spec: str | None = None, eod_token: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path, spec: str | None = None, eod_token: str | None = None, *, eod_id: int | None = None
+) -> Tokenizer:
     """Loads a saved tokenizer: this project's bytes file or a Hugging Face tokenizer.json.
 
     Args:
-        spec: what it calls itself; None takes the file's name.
-        eod_token: the text of its end-of-document token; None looks for a known one.
+        path: the file.
+        spec: its name; the file's where none is given.
+        eod_token: the token that ends a document. Where none is given it is the eos_token of the tokenizer_config.json
+            beside the file, else the first of the known names that is in the vocabulary.
+        eod_id: that token's id, where it was found out before (a dataset's manifest has it).
 
     Raises:
-        DataError: the file is missing or not a tokenizer, or `tokenizers` is needed and not installed.
+        DataError: the file is missing or not a tokenizer, no end token is found, or `tokenizers` is needed and not
+            installed.
     """
     path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8")
-        header = json.loads(content)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as a tokenizer ({error}); give a tokenizer.json file") from error
+    content, header = read_tokenizer_file(path)
     if isinstance(header, dict) and header.get("format") == _BYTES_FORMAT:
         tokenizer = ByteTokenizer()
         if content != tokenizer.to_json():
@@ -214,7 +207,11 @@ def load_tokenizer(path: str | Path, spec: str | None = None, eod_token: str | N
         inner = library.Tokenizer.from_str(content)
     except Exception as error:  # the library raises bare Exception for every malformed file
         raise DataError(f"{path}: is not a Hugging Face tokenizer.json ({error})") from error
-    return HubTokenizer(inner, spec or path.name, content, eod_token)
+    name = spec or path.name
+    if eod_id is None:
+        vocabulary = inner.get_vocab(with_added_tokens=True)
+        eod_id = find_end(vocabulary, name, eod_token, None if eod_token else end_beside(path))
+    return HubTokenizer(inner, name, content, eod_id)
 
 
 def check_spec(spec: str) -> list[str]:
@@ -232,7 +229,7 @@ def check_spec(spec: str) -> list[str]:
         except DataError as error:
             return [str(error)]
         return []
-    if not Path(spec).is_file():
+    if not Path(spec).exists():
         return [f"tokenizer {spec!r} is neither bytes, nor bpe:N, nor {DEEPSEEK}, nor a file; use one of them"]
     return []
 
@@ -247,21 +244,35 @@ def _library(wanted_for: str) -> Any:
     return tokenizers
 
 
-def _find_end(vocabulary: dict[str, int], spec: str, wanted: str | None) -> int:
-    for token in (wanted,) if wanted else _KNOWN_ENDS:
-        if token in vocabulary:
-            return vocabulary[token]
-    raise DataError(
-        f"tokenizer {spec}: has none of the known end-of-document tokens ({', '.join(_KNOWN_ENDS)}); add one of them "
-        f"to its added_tokens"
-    )
+def _is_byte_level(header: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json maps every byte to one character and back (its decoder is ByteLevel, or, where it has
+    none, what splits its texts)."""
+    decoder = header.get("decoder") or header.get("pre_tokenizer") or {}
+    steps = decoder.get("decoders", decoder.get("pretokenizers", [decoder]))
+    kinds = [step.get("type") for step in steps]
+    return kinds == ["ByteLevel"] if header.get("decoder") else "ByteLevel" in kinds
 
 
-def _is_byte_level(content: str) -> bool:
-    """Whether a tokenizer.json maps every byte to one character and back (its decoder is ByteLevel)."""
-    decoder = json.loads(content).get("decoder") or {}
-    steps = decoder.get("decoders", [decoder])
-    return [step.get("type") for step in steps] == ["ByteLevel"]
+def _byte_pieces(inner: tokenizers.Tokenizer) -> dict[int, bytes]:
+    """The bytes of every token of a byte-level vocabulary."""
+    byte_of = {char: byte for byte, char in byte_characters().items()}
+    added = inner.get_added_tokens_decoder()
+    pieces = {}
+    for text, token in inner.get_vocab(with_added_tokens=True).items():
+        if token in added or any(char not in byte_of for char in text):
+            pieces[token] = (added[token].content if token in added else text).encode("utf-8")
+        else:
+            pieces[token] = bytes(byte_of[char] for char in text)
+    return pieces
+
+
+def _unknown_of(header: dict[str, Any], vocabulary: dict[str, int]) -> int | None:
+    """The id of the token that stands for what is not in the vocabulary."""
+    model = header.get("model") or {}
+    if isinstance(model.get("unk_id"), int):
+        return int(model["unk_id"])
+    named = model.get("unk_token")
+    return vocabulary.get(named) if isinstance(named, str) else None
 
 
 def byte_characters() -> dict[int, str]:

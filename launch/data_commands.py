@@ -40,6 +40,14 @@ def add_data_commands(commands: Any) -> None:
         "--field", default="text", metavar="NAME", help="field or column of JSON and Parquet rows (default: text)"
     )
     pack.add_argument("--allow-left-out", action="store_true", help="pack although more text is left out than taken")
+    pack.add_argument(
+        "--end-token", metavar="TEXT",
+        help="the token of a tokenizer.json that ends a document (default: the eos_token of the "
+        "tokenizer_config.json beside it, else a known name)",
+    )  # fmt: skip
+    pack.add_argument(
+        "--allow-lossy", action="store_true", help="pack with a tokenizer that loses more than 1%% of the text"
+    )
     pack.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB (default: 64)")
     pack.add_argument("--heldout", type=float, default=0.02, help="share of documents held out (default: 0.02)")
     pack.add_argument("--licence", help="licence of documents whose source does not say it (an SPDX name)")
@@ -115,6 +123,7 @@ def _packed(options: argparse.Namespace, encoding: Any) -> tuple[Any, dict[str, 
         settings = Settings(
             tokenizer=options.tokenizer, shard_mb=options.shard_mb, heldout=options.heldout, workers=options.workers,
             encoding=encoding, progress=progress, field=options.field, allow_left_out=options.allow_left_out,
+            end_token=options.end_token, allow_lossy=options.allow_lossy,
         )  # fmt: skip
         sources = [WeightedSource.parse(text) for text in options.weighted]
         mixed = pack_weighted(sources, options.out, settings, licence=options.licence, overwrite=options.overwrite)
@@ -127,11 +136,14 @@ def _packed(options: argparse.Namespace, encoding: Any) -> tuple[Any, dict[str, 
         options.sources, options.out, tokenizer=options.tokenizer, shard_mb=options.shard_mb,
         heldout=options.heldout, licence=options.licence, overwrite=options.overwrite, workers=options.workers,
         encoding=encoding, progress=progress, field=options.field, allow_left_out=options.allow_left_out,
+        end_token=options.end_token, allow_lossy=options.allow_lossy,
     )  # fmt: skip
     manifest = packed.manifest
     return packed, {
         "documents": manifest.train.n_documents, "tokens": manifest.train.n_tokens, "vocab_size": manifest.vocab_size,
-        "fingerprint": manifest.fingerprint, "sources": [account.to_json() for account in packed.accounts],
+        "fingerprint": manifest.fingerprint, "lossless": manifest.lossless,
+        "loss": asdict(manifest.loss) if manifest.loss else None,
+        "sources": [account.to_json() for account in packed.accounts],
     }  # fmt: skip
 
 

