@@ -375,9 +375,9 @@ def test_a_hub_folder_through_the_command(tmp_path: Path, capsys: pytest.Capture
     assert main(command) == 2
     assert "its fields are content; give the text's with --field NAME" in capsys.readouterr().err
     assert main([*command, "--field", "content", "--json"]) == 0
-    printed = capsys.readouterr().out
-    assert "left out, a note beside data (README, licence, card): 1 (7 bytes): README.md" in printed
-    figures = json.loads(printed.splitlines()[-1])
+    printed, told = capsys.readouterr()
+    assert "left out, a note beside data (README, licence, card): 1 (7 bytes): README.md" in told
+    figures = json.loads(printed)
     (account,) = figures["sources"]
     assert account["documents"] == 2 and account["left_out"]["picture, sound, font or program"]["names"] == [
         "photo.jpg"

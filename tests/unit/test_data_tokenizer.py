@@ -224,7 +224,7 @@ def test_lossy_tokenizers_are_measured_and_refused(tmp_path: Path, capsys: pytes
     assert not manifest.lossless and manifest.loss is not None
     assert manifest.loss.lost_bytes == pytest.approx(19 / 45, abs=3.1 / 45)
     assert manifest.loss.unknown_tokens == pytest.approx(4 / 12, abs=1e-5)
-    printed = capsys.readouterr().out
+    printed = "".join(capsys.readouterr())
     assert "33.33% of the tokens are unknown" in printed and '"lossless": false' in printed
     for one in ("deepseek", "bytes", "bpe:300", byte_level(tmp_path / "level.json", "<eos>")):
         exact = pack([source], tmp_path / f"exact-{Path(one).name}", tokenizer=one).manifest
