@@ -84,10 +84,11 @@ def heldout_figures(run: Path, every: int = 1) -> dict[str, Any]:
     window = loaded.config.data.seq_len
     with loaded.dataset as dataset:
         documents = list(dataset.heldout_documents())[::every]
-        eod_id = dataset.manifest.eod_id
+        eod_id, lossless = dataset.manifest.eod_id, dataset.lossless
         seen = predict(loaded.model, documents, eod_id, window, stride=window, batch_size=PREDICT_BATCH)
     found = {
-        "heldout_loss": seen.loss, "bits_per_byte": seen.bits_per_byte, "heldout_tokens": seen.n_tokens,
+        "heldout_loss": seen.loss, "bits_per_byte": seen.bits_per_byte if lossless else None,
+        "heldout_tokens": seen.n_tokens,
         "heldout_documents": seen.n_documents, "heldout_max_vio": None, "heldout_floor": None,
         "heldout_document_floor": None, "heldout_rank_vio": None,
     }  # fmt: skip

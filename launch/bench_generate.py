@@ -175,13 +175,13 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
         lines += [_line(row) for row in rows if row["batch"] == batch]
     if facts["heldout"]:
         exact = facts["heldout"]["32"]
-        lines.append(f"held out, {exact['heldout_bytes']:,} bytes{'':<6}{'bits/byte':>10}{'change':>9}{'MiB':>8}")
+        key = "loss" if exact["bits_per_byte"] is None else "bits_per_byte"  # of a tokenizer that loses bytes
+        title = "nats/token" if key == "loss" else "bits/byte"
+        lines.append(f"held out, {exact['heldout_bytes']:,} bytes{'':<6}{title:>10}{'change':>9}{'MiB':>8}")
         for bits, found in facts["heldout"].items():
-            change = found["bits_per_byte"] / exact["bits_per_byte"] - 1
+            change = found[key] / exact[key] - 1 if exact[key] else 0.0
             name = "fp32" if bits == "32" else f"int{bits}"
-            lines.append(
-                f"{name:<31}{found['bits_per_byte']:>10.4f}{change:>9.2%}{found['weight_bytes'] / 2**20:>8.1f}"
-            )
+            lines.append(f"{name:<31}{found[key]:>10.4f}{change:>9.2%}{found['weight_bytes'] / 2**20:>8.1f}")
     lines += [f"{name}: {reason}" for name, reason in facts["absent"].items()]
     return "\n".join(lines)
 

@@ -110,7 +110,9 @@ class _Measured:
 
 
 def heldout(job: dict[str, Any], rank: int, n_ranks: int) -> dict[str, Any]:
-    """Bits per byte of a run's held-out documents with weights of 32, 8 and 4 bits, and the weights' bytes.
+    """A run's held-out loss with weights of 32, 8 and 4 bits, and the weights' bytes.
+
+    Bits per byte are None where the tokens do not stand for all bytes.
 
     Args:
         job: run (a folder), documents (how many at most, 0 for all).
@@ -127,8 +129,10 @@ def heldout(job: dict[str, Any], rank: int, n_ranks: int) -> dict[str, Any]:
             if bits != 32:
                 size = quantize(model, 8 if bits == 8 else 4).after
             result = predict(model, documents, dataset.manifest.eod_id, loaded.config.data.seq_len)
+            lossless = dataset.lossless and bool(documents)
         found[str(bits)] = {
-            "bits_per_byte": result.bits_per_byte, "weight_bytes": size, "heldout_bytes": result.raw_bytes,
+            "bits_per_byte": result.bits_per_byte if lossless else None, "loss": result.loss, "weight_bytes": size,
+            "heldout_bytes": result.raw_bytes,
         }  # fmt: skip
     return found
 

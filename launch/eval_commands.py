@@ -137,9 +137,10 @@ def _check(options: Any) -> None:
         raise ConfigError(problems)
 
 
-def _heldout(options: Any, loaded: Any, window: int) -> dict[str, float | None]:
+def _heldout(options: Any, loaded: Any, window: int) -> dict[str, Any]:
     from data.dataset import open_dataset
     from kernels.products import onednn_is_better, products_through
+    from launch.byte_figures import byte_figures, why_no_bits
     from launch.evaluate import evaluate
 
     dataset = loaded.dataset
@@ -161,13 +162,12 @@ def _heldout(options: Any, loaded: Any, window: int) -> dict[str, float | None]:
             loaded.model, documents, dataset.manifest.eod_id, window, partial(progress_line, "held-out windows"),
             options.batch_size,
         )  # fmt: skip
+    bits = byte_figures(result, why_no_bits(dataset))
     if options.data is not None:
         dataset.close()
-    found: dict[str, float | None] = {
+    found: dict[str, Any] = {
         "documents": result.n_documents, "tokens": result.n_tokens, "bytes": result.raw_bytes, "loss": result.loss,
-        "perplexity": math.exp(result.loss), "bits_per_byte": result.bits_per_byte,
-        "gzip_bits_per_byte": result.compressed.gzip_bits_per_byte,
-        "xz_bits_per_byte": result.compressed.xz_bits_per_byte,
+        "perplexity": math.exp(result.loss), **bits,
     }  # fmt: skip
     _show(f"held-out, step {loaded.saved.step}", found)
     return found
@@ -192,8 +192,10 @@ def _humaneval(options: Any, complete: Any, step: int) -> dict[str, float]:
     return found
 
 
-def _show(title: str, figures: Mapping[str, float | None]) -> None:
+def _show(title: str, figures: Mapping[str, float | str | None]) -> None:
     print(title)
     for name, value in figures.items():
-        if value is not None:
+        if isinstance(value, str):
+            print(f"  {name:<24}{value}")
+        elif value is not None:
             print(f"  {name:<24}{value:,.0f}" if isinstance(value, int) else f"  {name:<24}{value:.4f}")

@@ -145,7 +145,11 @@ def _figures(run: Path, saved: Saved, records: Sequence[Mapping[str, Any]]) -> d
     if evaluations:
         one = evaluations[-1]
         found["held-out loss, nats a token"] = f"{one['heldout_loss']:.4f} ({one['heldout_tokens']:,} tokens)"
-        found["held-out bits per byte"] = f"{one['bits_per_byte']:.4f} (gzip -9: {one['gzip_bits_per_byte']:.4f})"
+        found["held-out bits per byte"] = (
+            f"not given: {one['bits_per_byte_absent']}"
+            if one.get("bits_per_byte_absent")
+            else f"{one['bits_per_byte']:.4f} (gzip -9: {one['gzip_bits_per_byte']:.4f})"
+        )
     else:
         found["held-out loss"] = "not evaluated at this step"
     return found

@@ -6,6 +6,7 @@ from typing import Any
 
 from data.foreign import NOT_RESUMABLE
 from launch.accounting import in_words, read_account
+from launch.byte_figures import byte_figures, why_no_bits
 from launch.evaluate import evaluate
 from launch.load import load_run
 from launch.report import summarize, write_report
@@ -37,21 +38,23 @@ def summarize_run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     with loaded.dataset as dataset:
         eod_id = dataset.manifest.eod_id
         documents = list(dataset.heldout_documents())
+        if not documents:
+            say("summary: the data holds no document out, so there is nothing to evaluate; pack it with --heldout 0.02")
+            write_report(folder)
+            return show_summary(folder, say)
         say(f"summary: evaluating {len(documents)} held-out documents and compressing the same bytes with gzip and xz")
         result = evaluate(loaded.model, documents, eod_id, loaded.config.data.seq_len)
         prompt = [eod_id, *dataset.tokenizer.encode(PROMPT).tolist()]
         new = list(generate(loaded.model, prompt, 48, temperature=0.0, eod_id=eod_id, max_context=256))
         completion = PROMPT + dataset.tokenizer.decode(new)
-    sizes = result.compressed
+        bits = byte_figures(result, why_no_bits(dataset))
     run.event(
         "evaluation",
         cause="end of training",
         step=loaded.saved.step,
         heldout_loss=result.loss,
-        bits_per_byte=result.bits_per_byte,
-        gzip_bits_per_byte=sizes.gzip_bits_per_byte,
-        xz_bits_per_byte=sizes.xz_bits_per_byte,
-        heldout_bytes=sizes.raw_bytes,
+        **bits,
+        heldout_bytes=result.raw_bytes,
         heldout_tokens=result.n_tokens,
         completion=completion,
     )
@@ -94,14 +97,23 @@ def lines(figures: dict[str, Any], run: RunFolder) -> list[str]:
         return format(value, pattern) if value is not None else "-"
 
     heldout = ["  held-out          not evaluated"]
-    if figures.get("bits_per_byte") is not None:
+    completion = [
+        "  completion        of `def `, greedy:",
+        *("      | " + line for line in (figures.get("completion") or "").splitlines()[:12]),
+    ]
+    if figures.get("bits_per_byte_absent"):
+        heldout = [
+            f"  held-out          loss {number('heldout_loss', '.3f')} nats a token; no bits per byte, since "
+            f"{figures['bits_per_byte_absent']}",
+            *completion,
+        ]
+    elif figures.get("bits_per_byte") is not None:
         better = figures["bits_per_byte"] < figures["gzip_bits_per_byte"]
         heldout = [
             f"  held-out          {number('bits_per_byte', '.3f')} bits per byte; "
             f"gzip -9 {number('gzip_bits_per_byte', '.3f')}, xz -9 {number('xz_bits_per_byte', '.3f')} "
             f"on the same {number('heldout_bytes', ',d')} bytes{' (below gzip)' if better else ''}",
-            "  completion        of `def `, greedy:",
-            *("      | " + line for line in figures["completion"].splitlines()[:12]),
+            *completion,
         ]
     try:
         shown = run.path.relative_to(Path.cwd())

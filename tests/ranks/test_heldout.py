@@ -1,6 +1,7 @@
 """Held-out loss in the course of training: the run is bit for bit the same, the figure is that of one at the end."""
 
 import gc
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import torch
 
 from cluster.flag import StopFlag
 from data.dataset import open_dataset
+from data.manifest import PACK_RECORD, read_manifest
 from launch.accounting import read_account
-from launch.config import TrainConfig
+from launch.compare import compare, heldout
+from launch.config import TrainConfig, dump
 from launch.evaluate import evaluate
 from launch.load import load_run
-from launch.runfolder import RunFolder, committed_metrics
+from launch.runfolder import RunFolder, committed_metrics, read_records
 from launch.session import Session, assemble
+from launch.summary import summarize_run
 from launch.train import train
 from parallel.config import ParallelConfig
 from parallel.ranks import process_ranks
@@ -92,6 +96,28 @@ def test_a_stop_that_one_rank_hears_ends_the_evaluation_on_all(data: Path, tmp_p
     assert all(result["status"] == "stopped" and result["step"] == 2 for result in results)
     records = list(committed_metrics(RunFolder(tmp_path)))
     assert len(records) == 2 and "heldout_loss" not in records[-1] and records[-1]["evaluation_seconds"] > 0
+
+
+def test_a_tokenizer_that_loses_bytes_has_no_bits_per_byte(data: Path, tmp_path: Path) -> None:
+    lossy = tmp_path / "lossy"
+    shutil.copytree(data, lossy)
+    manifest = replace(read_manifest(data), lossless=False)
+    (lossy / "manifest.json").write_text(manifest.to_json())
+    (lossy / PACK_RECORD).unlink()  # it notes down the fingerprint of the other manifest
+    run = RunFolder(tmp_path / "run")
+    config = tiny(lossy, train=replace(EVERY_OTHER, steps=1))
+    run.create(dump(config))
+    play(config, run.path, 1)
+    said: list[str] = []
+    figures = summarize_run(run.path, said.append)
+    [event] = [event for event in read_records(run.events_path) if event["kind"] == "evaluation"]
+    text = "\n".join(said) + run.report.read_text() + compare([run.path])[0]
+    last = list(committed_metrics(run))[-1]
+    assert figures["heldout_loss"] == event["heldout_loss"] > 0 and "heldout_loss" in last
+    assert event["bits_per_byte"] is event["gzip_bits_per_byte"] is event["xz_bits_per_byte"] is None
+    assert "does not give back every byte" in event["bits_per_byte_absent"] and "no bits per byte, since" in text
+    assert "gzip -9" not in text and "heldout_bits_per_byte" not in last
+    assert "heldout_bits_per_byte" not in heldout(run.path)
 
 
 def sharded(rank: int, world_size: int, payload: dict[str, Any]) -> list[Any]:
