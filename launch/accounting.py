@@ -131,7 +131,7 @@ def in_words(account: Account) -> str:
     if account.interruptions:
         text += "; interrupted by " + ", ".join(f"{cause} {count}x" for cause, count in account.interruptions.items())
     if account.recoveries:
-        text += f"; recovered after {spent(statistics.fmean(account.recoveries))} in the mean"
+        text += f"; recovered after {spent(statistics.fmean(account.recoveries))} on average"
     return text
 
 

@@ -128,7 +128,7 @@ def render(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
         f"{facts['preset']}: hidden {facts['hidden_size']}, {facts['experts']} experts, top-{facts['top_k']}, "
         f"sequences of {facts['seq_len']}, micro-batches of {facts['micro_batch']}, ZeRO {facts['zero_stage']}, "
         f"dispatch {facts['dispatch']}",
-        f"{facts['repeats']} runs of {facts['steps']} steps behind {facts['warm_up']} of warm-up at each size, sizes "
+        f"{facts['repeats']} runs of {facts['steps']} steps after {facts['warm_up']} of warm-up at each size, sizes "
         f"in turn; {facts['launcher']} launcher, {facts['threads']} thread{'s' if facts['threads'] > 1 else ''} a rank",
         f"{where['processor']}, {where['cores']} cores (load {where['load']}), {where['memory_gib']} GiB; Python "
         f"{where['python']}, {versions}",

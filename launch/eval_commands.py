@@ -188,7 +188,7 @@ def _humaneval(options: Any, complete: Any, step: int) -> dict[str, float]:
     where = options.run / f"humaneval-step-{step:08d}.jsonl"
     write_samples(where, samples)
     found = {"problems": len(problems), **pass_at_k(samples)}
-    _show(f"HumanEval, {options.samples} a problem, in {where}", found)
+    _show(f"HumanEval, completions for each problem: {options.samples}, in {where}", found)
     return found
 
 

@@ -292,7 +292,7 @@ def _check_run(
         if unused:
             notes.append(f"run: these keys differ from the run's and were not used: {', '.join(unused)}")
         return True
-    notes.append(f"run: going on from {saved.newest}")
+    notes.append(f"run: resuming from {saved.newest}")
     return False
 
 

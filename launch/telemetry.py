@@ -142,7 +142,7 @@ class Telemetry:
             dropped = self.run.rewind(step, cause=cause)
             self.tensorboard.purge(step + 1)
             if dropped:
-                self.console.note(f"going on from step {step}; {dropped} later steps are done again: {cause}")
+                self.console.note(f"resuming from step {step}; {dropped} later steps are done again: {cause}")
             if self._running is not None:
                 self.open_account("lost")
 

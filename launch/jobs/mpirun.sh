@@ -2,7 +2,7 @@
 # Trains under plain mpirun, so that Ctrl-C and SIGTERM save a checkpoint before they stop.
 #
 #   launch/jobs/mpirun.sh RANKS CONFIG [key.path=value ...] [--run DIR]
-#   launch/jobs/mpirun.sh 4 debug train.steps=50 parallel.ep_size=2 --run runs/mpi-try
+#   launch/jobs/mpirun.sh 4 debug train.steps=50 train.micro_batch_size=2 --run runs/mpi-try
 #
 # Several machines: pass mpirun's own options in MPIRUN_OPTIONS, for example '--hostfile hosts --map-by ppr:8:node'.
 # Exit status as always: 0 done, 75 stopped on request (the same command goes on), 2 bad input, 1 anything else.

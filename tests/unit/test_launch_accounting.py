@@ -320,7 +320,7 @@ def test_the_time_until_the_running_account_was_opened_is_not_forgotten() -> Non
 def test_in_words() -> None:
     assert in_words(killed().account()) == (
         "31.0 s in all, 19.4% productive (goodput), lost 4.00 s (2 steps), saving 0.50 s, starting 19.0 s, "
-        "stopping 1.50 s; interrupted by worker 1x; recovered after 7.75 s in the mean"
+        "stopping 1.50 s; interrupted by worker 1x; recovered after 7.75 s on average"
     )
 
 
