@@ -117,7 +117,7 @@ def survey(opened: list[Source], report: Progress, digests: set[bytes]) -> Surve
         account.left.reasons.update(again.reasons)
         accounts.append(account)
     if not entries:
-        reasons = "; ".join(f"{account.source}: {account.left or 'nothing was there'}" for account in accounts)
+        reasons = "; ".join(f"{account.source}: {account.left or 'it has no rows'}" for account in accounts)
         raise DataError(
             f"the sources hold no text (left out: {reasons}); give text or code in UTF-8, JSON lines or Parquet, "
             f"unpacked where they are in an archive"

@@ -46,7 +46,8 @@ class Left:
     def __str__(self) -> str:
         more = self.n - min(len(self.names), _SHOWN)
         names = ", ".join(printable(name) for name in self.names[:_SHOWN])
-        return f"{self.n:,} ({human(self.n_bytes)}): {names}" + (f" and {more:,} more" if more else "")
+        size = f" ({human(self.n_bytes)})" if self.n_bytes else ""
+        return f"{self.n:,}{size}: {names}" + (f" and {more:,} more" if more else "")
 
 
 class LeftOut:

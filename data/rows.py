@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,7 +147,7 @@ def parquet_rows(content: Content, file: Path | RemoteFile, field: str) -> Itera
         raise DataError(_no_field(where, field, schema.names, "columns"))
     kind = schema.field(field).type
     plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if "string" not in str(plain) and "binary" not in str(plain):
+    if not re.fullmatch(r"(large_)?(string|binary)(_view)?|fixed_size_binary\[\d+\]", str(plain)):
         raise DataError(f"{where}: the column {field} holds {kind}, not text; give the text's column with --field")
     wanted = [column for column in dict.fromkeys(schema.names) if column in (field, *_LICENCES)]
     number = 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Words with their leading space or punctuation mark, digits by up to three, runs of symbols, line ends, indentation.
 _SPLIT = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_BYTES_FORMAT = "trimtab-bytes"
+_BYTES_FORMAT, _FILE = "trimtab-bytes", "tokenizer.json"
 DEEPSEEK = "deepseek"
 DEEPSEEK_VOCABULARY = 129_280  # rows of DeepSeek-V3's embedding (its config.json); the tokenizer itself uses fewer
 
@@ -210,7 +210,7 @@ def load_tokenizer(
     name = spec or path.name
     if eod_id is None:
         vocabulary = inner.get_vocab(with_added_tokens=True)
-        eod_id = find_end(vocabulary, name, eod_token, None if eod_token else end_beside(path))
+        eod_id = find_end(vocabulary, name, eod_token, None if eod_token else end_beside(path), path.name == _FILE)
     return HubTokenizer(inner, name, content, eod_id)
 
 

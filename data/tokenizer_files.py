@@ -49,7 +49,7 @@ def read_tokenizer_file(path: Path) -> tuple[str, Any]:
 
 
 def end_beside(path: Path) -> str | None:
-    """The eos_token of the tokenizer_config.json beside a tokenizer.json; None where it names none.
+    """The eos_token of the tokenizer_config.json beside a tokenizer's file; None where it names none.
 
     Raises:
         DataError: the file is there and cannot be read.
@@ -66,7 +66,7 @@ def end_beside(path: Path) -> str | None:
     return named if isinstance(named, str) and named else None
 
 
-def find_end(vocabulary: dict[str, int], spec: str, wanted: str | None, beside: str | None) -> int:
+def find_end(vocabulary: dict[str, int], spec: str, wanted: str | None, beside: str | None, is_own: bool = True) -> int:
     """The id of the token that ends a document.
 
     Args:
@@ -74,6 +74,8 @@ def find_end(vocabulary: dict[str, int], spec: str, wanted: str | None, beside: 
         spec: the tokenizer's name, for messages.
         wanted: the token that was asked for.
         beside: the one that tokenizer_config.json names.
+        is_own: whether that file is surely about this tokenizer, which is then called tokenizer.json; another one may
+            lack the token.
 
     Raises:
         DataError: it is not in the vocabulary, or none was named and none of the known ones is there.
@@ -82,12 +84,13 @@ def find_end(vocabulary: dict[str, int], spec: str, wanted: str | None, beside: 
         if wanted in vocabulary:
             return vocabulary[wanted]
         raise DataError(f"tokenizer {spec}: the end token {wanted!r} is not in its vocabulary{_special_of(vocabulary)}")
-    if beside is not None:
-        if beside in vocabulary:
-            return vocabulary[beside]
+    if beside in vocabulary:
+        return vocabulary[beside]
+    if beside is not None and is_own:
         raise DataError(
             f"tokenizer {spec}: the eos_token {beside!r} of its {_CONFIG} is not in its vocabulary"
-            f"{_special_of(vocabulary)}; name the token that ends a document with --end-token TEXT"
+            f"{_special_of(vocabulary)}; name the token that ends a document with --end-token TEXT, or move a "
+            f"{_CONFIG} that belongs to another tokenizer away"
         )
     for token in KNOWN_ENDS:
         if token in vocabulary:

@@ -330,6 +330,7 @@ def test_what_may_not_be_read_is_an_error(tmp_path: Path) -> None:
         ("zero.parquet", b"", r"zero\.parquet: is not a readable Parquet file"),
         ("half.parquet", parquet(["a" * 99])[:-50], r"half\.parquet: is not a readable Parquet file"),
         ("ints.parquet", parquet([1, 2]), r"ints\.parquet: the column text holds int64, not text.*--field"),
+        ("lists.parquet", parquet([["a"], ["b"]]), r"lists\.parquet: the column text holds list<.*>, not text"),
         ("names.parquet", parquet(["a"], "content"), r"no field text; its columns are content; .*--field"),
     ],
 )  # fmt: skip

@@ -260,7 +260,7 @@ def test_which_token_ends_a_document(tmp_path: Path) -> None:
     from data.pack import pack
 
     (tmp_path / "tok").mkdir()
-    file = Path(byte_level(tmp_path / "tok" / "t.json", "<|endoftext|>", "</s>", "[EOS]", "<|im_end|>"))
+    file = Path(byte_level(tmp_path / "tok" / "tokenizer.json", "<|endoftext|>", "</s>", "[EOS]", "<|im_end|>"))
     config = file.with_name("tokenizer_config.json")
     assert load_tokenizer(file).eod_id == 0
     config.write_text(json.dumps({"eos_token": "</s>"}))
@@ -274,6 +274,8 @@ def test_which_token_ends_a_document(tmp_path: Path) -> None:
         load_tokenizer(file)
     with pytest.raises(DataError, match=r"the end token 'no' is not in its vocabulary; it has </s>"):
         load_tokenizer(file, eod_token="no")
+    other = Path(byte_level(file.with_name("other.json"), "<|endoftext|>"))
+    assert load_tokenizer(other).eod_id == 0  # the config need not be about this one
     config.unlink()
     source = texts_in(tmp_path / "source", *(f"one two {number}" for number in range(6)))
     for workers in (1, 2):
