@@ -25,7 +25,7 @@ def add_data_commands(commands: Any) -> None:
         "pack",
         help="make an indexed WebDataset of tokens",
         description="Makes an indexed WebDataset of tokens from folders, files of text or rows (JSON lines, JSON, "
-        "Parquet; gzip, bzip2, xz and zstd are taken off), addresses, or `python`. What is left out is named by reason.",
+        "Parquet; also compressed), addresses, or `python`. What is left out is named by reason.",
         epilog="example: trimtab data pack ~/notes --out datasets/notes --tokenizer bpe:8192",
     )
     pack.add_argument("sources", nargs="*", metavar="SOURCE", help="a folder, a file, or the built-in corpus `python`")
