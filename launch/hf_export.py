@@ -105,7 +105,7 @@ def export(run: Path, out: Path, options: ExportOptions, progress: Progress | No
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        notes += reader_notes(config.model, tokenizer.spec)
+        notes += reader_notes(config.model, tokenizer)
         for name, text in _texts(run, saved, config, tokenizer, kept, dataset, dtype, weights, notes).items():
             (draft / name).write_text(text, encoding="utf-8")
         told = _write(draft, config, saved, entries, dtype, options, total, progress)

@@ -1,19 +1,20 @@
 """What single readers of an exported folder cannot do with a model, or need to be told: a sentence each."""
 
+import json
+
+from data.tokenizer import DEEPSEEK, Tokenizer
 from model.config import ModelConfig
 from model.hf_config import LATENT_EPS, model_type
 
 MLA_WIDTH = (
     576  # kv_lora_rank + qk_rope_head_dim that vLLM 0.32's kernels for multi-head latent attention are built for
 )
+_DEEPSEEK_SHA256 = "8f9f37ca37fdc4f5fd36d5cf4d3b0e8392edb4e894fd10cc0d70b4957c8633cf"  # of DeepSeek-V3's tokenizer.json
 _LLAMA_CPP_LITE = (26, 27, 48)  # depths at which llama.cpp's deepseek2 reads queries without compression
 
 
-def reader_notes(config: ModelConfig, tokenizer: str) -> list[str]:
-    """Notes on vLLM, llama.cpp and transformers for a model's shape.
-
-    Args:
-        tokenizer: its specification.
+def reader_notes(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
+    """Notes on vLLM, llama.cpp and transformers for a model's shape and tokenizer.
 
     Source: vLLM 0.32.0 (MLACommonBackend), llama.cpp as in llama-cpp-python 0.3.36, transformers 4.57.6 and 5.3.0.
     """
@@ -37,17 +38,18 @@ def _vllm(config: ModelConfig) -> list[str]:
     return found
 
 
-def _llama_cpp(config: ModelConfig, tokenizer: str) -> list[str]:
+def _llama_cpp(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
     found = []
-    if tokenizer == "bytes":
+    table = json.loads(tokenizer.to_json()).get("model", {})
+    if not table.get("merges"):
         found.append(
-            "llama.cpp: it does not read a vocabulary without merges, as the tokenizer bytes is; train with bpe:N or "
-            "deepseek to go there"
+            f"llama.cpp: it does not read a vocabulary without merges, as the tokenizer {tokenizer.spec} is; train "
+            "with bpe:N or deepseek to go there"
         )
-    elif tokenizer.startswith("bpe:"):
+    elif tokenizer.spec != DEEPSEEK and tokenizer.fingerprint != _DEEPSEEK_SHA256:
         found.append(
-            "llama.cpp: its converter knows published tokenizers only, by a checksum; this one needs a line in "
-            "get_vocab_base_pre (docs/huggingface.md, Traps)"
+            f"llama.cpp: its converter knows published tokenizers only, by a checksum; {tokenizer.spec} needs a line "
+            "in get_vocab_base_pre unless it is one of them (docs/huggingface.md, Traps)"
         )
     if config.q_lora_rank is None and config.num_hidden_layers not in _LLAMA_CPP_LITE:
         found.append(

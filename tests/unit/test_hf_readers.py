@@ -117,28 +117,29 @@ def test_positions_beyond_yarns_reach_are_cut_and_said(tmp_path: Path) -> None:
 
 def test_what_single_readers_cannot_do_is_said(tmp_path: Path) -> None:
     v3, v2 = read("v3-671b", [], []).model, read("v2-lite", [], []).model
+    deepseek = load_tokenizer(deepseek_file())  # as a given file: known by its content
     yarn = replace(v3, rope_scaling=replace(v3.rope_scaling, mscale=1.0, mscale_all_dim=0.0))
     grouped = replace(v2, topk_method="group_limited_greedy", n_group=8, topk_group=3, rope_scaling=None)
     full = replace(v3, q_lora_rank=None)
     for model, tokenizer, wanted in (
-        (v3, DEEPSEEK, []),
+        (v3, deepseek, []),
         (
             v2,
-            DEEPSEEK,
+            deepseek,
             ["mscale_all_dim = 0.707 out of deepseek_v2's attention"],
         ),
-        (yarn, DEEPSEEK, ["mscale = 1.0 and mscale_all_dim = 0.0"]),
-        (grouped, DEEPSEEK, ["n_group = 8, topk_group = 3", "5.3.0 fails"]),
-        (full, DEEPSEEK, ["q_lora_rank = null is read for 26, 27, 48 layers only, and this model has 61"]),
-        (replace(v3, kv_lora_rank=192, qk_rope_head_dim=32), DEEPSEEK, ["192 + 32 = 224"]),
-        (replace(v3, rms_norm_eps=1e-5, latent_norm_eps=1e-6), DEEPSEEK, ["rms_norm_eps = 1e-05"]),
-        (v3, "bytes", ["without merges"]),
-        (v3, "bpe:4096", ["get_vocab_base_pre"]),
+        (yarn, deepseek, ["mscale = 1.0 and mscale_all_dim = 0.0"]),
+        (grouped, deepseek, ["n_group = 8, topk_group = 3", "5.3.0 fails"]),
+        (full, deepseek, ["q_lora_rank = null is read for 26, 27, 48 layers only, and this model has 61"]),
+        (replace(v3, kv_lora_rank=192, qk_rope_head_dim=32), deepseek, ["192 + 32 = 224"]),
+        (replace(v3, rms_norm_eps=1e-5, latent_norm_eps=1e-6), deepseek, ["rms_norm_eps = 1e-05"]),
+        (v3, ByteTokenizer(), ["without merges"]),
+        (v3, train_bpe(["def f(x): return x"] * 9, 270), ["get_vocab_base_pre"]),
     ):
         notes = reader_notes(model, tokenizer)
         assert len(notes) == len(wanted), notes
         assert all(any(said in note for note in notes) for said in wanted), notes
-    assert not reader_notes(read("laptop", [], []).model, DEEPSEEK)  # the preset that people serve on their own machine
+    assert not reader_notes(read("laptop", [], []).model, deepseek)  # the preset that people serve on their own machine
     run = hf_cases.make_run(tmp_path / "run", hf_cases.random_model(hf_cases.random_config(3, "v3"), 1))
     told = export(run, tmp_path / "hf", ExportOptions(tokenizer=hf_cases.bytes_tokenizer(tmp_path)))
     card = (tmp_path / "hf" / "README.md").read_text()
