@@ -36,6 +36,9 @@ def add_eval_command(commands: Any) -> None:
     parser.add_argument("--quantize", choices=("int8", "int4"), help="round the weights first, see docs/generation.md")
     parser.add_argument("--tasks", help="names of lm-evaluation-harness tasks, joined by commas")
     parser.add_argument("--task-folder", type=Path, help="where the tasks' YAML files lie (default: the harness's own)")
+    parser.add_argument(
+        "--allow-download", action="store_true", help="let the harness fetch tasks' data from the Hugging Face Hub"
+    )
     parser.add_argument("--fewshot", type=int, help="examples before each question (default: the task's own)")
     parser.add_argument("--limit", type=int, help="only so many documents of a task, problems of HumanEval")
     parser.add_argument("--humaneval", action="store_true", help="complete HumanEval's functions and run their tests")
@@ -73,20 +76,24 @@ def _eval(options: Any) -> int:
         figures["weight_bytes"] = {"before": size.before, "after": size.after}
 
     def write(
-        prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int
-    ) -> list[str]:
+        prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int,
+        top_k: int = 0, top_p: float = 1.0,
+    ) -> list[str]:  # fmt: skip
         made = complete(
-            loaded, prompts, Sampling(temperature), max_new_tokens=max_new_tokens, seed=seed, stops=stop,
+            loaded, prompts, Sampling(temperature, top_k, top_p), max_new_tokens=max_new_tokens, seed=seed, stops=stop,
             batch=options.batch_size, context=window, begin=loaded.begin,
         )  # fmt: skip
         return [one.text for one in made.completions]
 
     if options.tasks:
+        from launch.byte_figures import why_no_bits
         from launch.harness import run_tasks
 
         figures["tasks"] = run_tasks(
             loaded.model, loaded.tokenizer, write, options.tasks.split(","), options.task_folder, window=window,
             batch_size=options.batch_size, fewshot=options.fewshot, limit=options.limit, seed=options.seed,
+            allow_download=options.allow_download,
+            lossy="" if loaded.dataset is None else why_no_bits(loaded.dataset),
         )  # fmt: skip
         for task, metrics in figures["tasks"].items():
             _show(task, metrics)
@@ -118,6 +125,8 @@ def _check(options: Any) -> None:
         problems.append(f"--samples = {options.samples} greedy completions would all be the same; raise --temperature")
     if options.task_folder is not None and not options.tasks:
         problems.append("--task-folder without --tasks: name the tasks to run")
+    if options.allow_download and not options.tasks:
+        problems.append("--allow-download without --tasks: name the tasks whose data may be fetched")
     if options.data is not None and (options.tasks or options.humaneval):
         problems.append("--data is for held-out loss; leave out --tasks and --humaneval")
     add_refused(problems, options)

@@ -1,8 +1,7 @@
 """A run's model under EleutherAI's lm-evaluation-harness, on task files that lie on this machine."""
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,19 +9,22 @@ from typing import Any, Protocol
 from data.tokenizer import Tokenizer
 from launch.config import ConfigError
 from launch.data_commands import progress_line
+from launch.generation_wishes import Wish, wish_of
 from launch.scoring import Pair, score
 from model.transformer import Transformer
 
 PACKAGE = "lm-eval"
 WRITTEN_AT_ONCE = 64  # texts between two reports of progress
+OF_THE_TEXT = ("bits_per_byte", "byte_perplexity", "word_perplexity")  # metrics per byte or word of the raw text
 
 
 class Complete(Protocol):
     """Writes on from prompts."""
 
     def __call__(
-        self, prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int
-    ) -> list[str]:
+        self, prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int,
+        top_k: int = 0, top_p: float = 1.0,
+    ) -> list[str]:  # fmt: skip
         """The new texts, without the stop string that ended them; prompt i draws with seed + i."""
 
 
@@ -38,12 +40,14 @@ def run_tasks(
     fewshot: int | None = None,
     limit: int | None = None,
     seed: int = 0,
+    allow_download: bool = False,
+    lossy: str = "",
 ) -> dict[str, dict[str, float]]:
     """Evaluates tasks of the harness.
 
-    Nothing is downloaded: the harness and its data library are told to stay offline, so a task's data must lie on this
-    machine (`dataset_path: json` with `data_files`, for example). A task file that names functions runs the Python
-    beside it; use such only from people whom you trust.
+    Unless told otherwise nothing is downloaded: the harness and its data library are told to stay offline, so a task's
+    data must lie on this machine (`dataset_path: json` with `data_files`, for example). A task file that names
+    functions runs the Python beside it; use such only from people whom you trust.
 
     Args:
         model, tokenizer: of a run.
@@ -54,17 +58,22 @@ def run_tasks(
         fewshot: examples before each question; None leaves it to the task.
         limit: only so many documents of each task.
         seed: of the order of examples and of drawn text.
+        allow_download: the harness may fetch a task's data from the Hugging Face Hub.
+        lossy: why bits per byte would not be true; then metrics of bytes and words are left out.
 
     Returns:
         task -> metric -> value, with standard errors as the harness names them (`acc_stderr`).
 
     Raises:
-        ConfigError: the harness is not installed, a task is not known, or its data is not here.
+        ConfigError: the harness is not installed, a task is not known, its data is not here, it asks for text in a way
+            that is not honoured, or a document cannot be scored; names task and document.
     """
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    if not allow_download:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
+        from lm_eval.models.utils import normalize_gen_kwargs
+        from lm_eval.tasks import TaskManager, get_task_dict
     except ImportError as error:
         raise ConfigError(
             [f"--tasks needs the package {PACKAGE} ({error}); pip install {PACKAGE}==0.4.13 beside the pinned torch"]
@@ -78,25 +87,53 @@ def run_tasks(
         raise ConfigError([f"task {task} is not known; known are {known or 'none'}" for task in unknown])
     adapter = make_adapter(model, tokenizer, complete, window, batch_size, seed)
     try:
+        problems = []
+        for name, task in _tasks_in(get_task_dict(list(tasks), manager)):
+            if task.OUTPUT_TYPE == "generate_until":
+                try:
+                    wish_of(task.config.generation_kwargs or {}, normalize_gen_kwargs, prompt_tokens=-1)
+                except ValueError as error:
+                    problems.append(_not_honoured(name, error))
+        if problems:
+            raise ConfigError(problems)
         result = lm_eval.simple_evaluate(
             model=adapter, tasks=list(tasks), task_manager=manager, num_fewshot=fewshot, limit=limit,
             bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
             fewshot_random_seed=seed, log_samples=False,
         )  # fmt: skip
     except (ConnectionError, FileNotFoundError) as error:
+        way = "could not be fetched" if allow_download else "is not on this machine"
+        out = "" if allow_download else ", or add --allow-download to fetch it from the Hugging Face Hub"
         raise ConfigError(
-            [f"the data of {', '.join(tasks)} is not on this machine ({error}); name local files in the task's YAML"]
+            [f"the data of {', '.join(tasks)} {way} ({error}); name local files in the task's YAML{out}"]
         ) from error
-    return {task: _metrics(values) for task, values in result["results"].items()}
+    return {task: _metrics(values, lossy) for task, values in result["results"].items()}
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, float]:
+def _metrics(values: dict[str, Any], lossy: str) -> dict[str, float]:
     """`acc,none` -> `acc`; other filters stay part of the name."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and "," in name
-    }
+        and not (lossy and name.startswith(OF_THE_TEXT))
+    }  # fmt: skip
+
+
+def _tasks_in(found: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Every task of what `get_task_dict` gives, groups opened."""
+    for name, task in found.items():
+        if isinstance(task, dict):
+            yield from _tasks_in(task)
+        else:
+            yield str(name), task
+
+
+def _not_honoured(where: str, error: ValueError) -> str:
+    return (
+        f"task {where}: generation_kwargs: {error}; change the task's YAML (until, max_gen_toks, do_sample, "
+        "temperature, top_k and top_p are honoured), or export the run and use `lm_eval --model hf`"
+    )
 
 
 def make_adapter(
@@ -107,6 +144,7 @@ def make_adapter(
     A text begins with the end-of-document token, as a document does in training.
     """
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class Adapter(TemplateLM):
@@ -118,6 +156,10 @@ def make_adapter(
             ids = tokenizer.encode(string).tolist()
             return ids if add_special_tokens is False else [tokenizer.eod_id, *ids]
 
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self._asked = requests
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
         def _loglikelihood_tokens(
             self,
             requests: list[tuple[tuple[str, str], list[int], list[int]]],
@@ -125,6 +167,7 @@ def make_adapter(
             **kwargs: Any,
         ) -> list[tuple[float, bool]]:
             pairs = [Pair(context, continuation) for _, context, continuation in requests]
+            refuse_unscorable(self._asked, [text for (_, text), _, _ in requests], pairs, window)
             found = score(model, pairs, window, batch_size, None if disable_tqdm else partial(progress_line, "scoring"))
             return [(one.log_probability, one.greedy) for one in found]
 
@@ -139,22 +182,29 @@ def make_adapter(
             return totals
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            alike: dict[str, list[int]] = {}  # requests that can share a batch
+            alike: dict[Wish, list[int]] = {}  # requests that can share a batch
+            problems = []
             for number, request in enumerate(requests):
-                alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+                prompt, given = request.args[0], request.args[1]
+                n_prompt = len(tokenizer.encode(prompt)) + 1 if given.get("max_length") is not None else 0
+                try:
+                    alike.setdefault(wish_of(given, normalize_gen_kwargs, n_prompt), []).append(number)
+                except ValueError as error:
+                    problems.append(_not_honoured(f"{request.task_name}, document {request.doc_id}", error))
+            if problems:
+                raise ConfigError(problems[:10])
             written, done = [""] * len(requests), 0
-            for numbers in alike.values():
-                wish = requests[numbers[0]].args[1]
-                drawn = wish.get("do_sample", float(wish.get("temperature", 0) or 0) > 0)
-                until = wish.get("until", [])
+            for wish, numbers in alike.items():
                 for first in range(0, len(numbers), WRITTEN_AT_ONCE):
                     some = numbers[first : first + WRITTEN_AT_ONCE]
                     texts = complete(
                         [requests[number].args[0] for number in some],
-                        stop=[until] if isinstance(until, str) else list(until),
-                        max_new_tokens=int(wish.get("max_gen_toks", 256)),
-                        temperature=float(wish.get("temperature", 1.0)) if drawn else 0.0,
+                        stop=list(wish.stop),
+                        max_new_tokens=wish.max_new_tokens,
+                        temperature=wish.temperature,
                         seed=seed + first,
+                        top_k=wish.top_k,
+                        top_p=wish.top_p,
                     )
                     for number, text in zip(some, texts, strict=True):
                         written[number] = text
@@ -164,3 +214,33 @@ def make_adapter(
             return written
 
     return Adapter()
+
+
+def refuse_unscorable(asked: Sequence[Any], texts: Sequence[str], pairs: Sequence[Pair], window: int) -> None:
+    """Refuses continuations without a token, and those that do not fit into the window.
+
+    Args:
+        asked: the harness's requests, in the order of the pairs: each knows its task and document.
+        texts: the continuations as they were asked for.
+
+    Raises:
+        ConfigError: names task, document and text of the first ten.
+    """
+    problems = []
+    for request, text, pair in zip(asked, texts, pairs, strict=True):
+        where = (
+            f"task {request.task_name}, document {request.doc_id}, choice {request.idx}: the continuation {text[:60]!r}"
+        )
+        if not pair.continuation:
+            problems.append(
+                f"{where} has no token of its own behind its context; give it a text that does not merge with what "
+                "stands before it, or leave the document out"
+            )
+        elif len(pair.continuation) > window:
+            problems.append(
+                f"{where}{'...' if len(text) > 60 else ''} has {len(pair.continuation)} tokens, and the window is "
+                f"{window}; raise --window, or shorten it"
+            )
+    if problems:
+        more = [f"and {len(problems) - 10} more such documents"] if len(problems) > 10 else []
+        raise ConfigError(problems[:10] + more)

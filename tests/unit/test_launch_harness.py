@@ -10,6 +10,7 @@ import torch
 
 from data.tokenizer import ByteTokenizer
 from launch.config import ConfigError
+from launch.generation_wishes import Wish, wish_of
 from launch.harness import run_tasks
 from launch.scoring import Pair, score
 from model.config import ModelConfig
@@ -35,9 +36,10 @@ def build() -> Transformer:
 
 
 def says(
-    prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int
-) -> list[str]:
-    assert (stop, max_new_tokens, temperature) == (["."], 8, 0.0)
+    prompts: Sequence[str], *, stop: Sequence[str], max_new_tokens: int, temperature: float, seed: int,
+    top_k: int = 0, top_p: float = 1.0,
+) -> list[str]:  # fmt: skip
+    assert (stop, max_new_tokens, temperature, top_k, top_p) == (["."], 8, 0.0, 0, 1.0)
     return [{"the cat": "sat"}.get(prompt, "nothing") for prompt in prompts]
 
 
@@ -99,3 +101,85 @@ def test_unknown_tasks_and_folders_are_named(tasks: Path) -> None:
         run_tasks(build(), ByteTokenizer(), says, ["own_nothing"], tasks, window=WINDOW)
     with pytest.raises(ConfigError, match="not a folder"):
         run_tasks(build(), ByteTokenizer(), says, ["own_choose"], tasks / "choose.yaml", window=WINDOW)
+
+
+@pytest.mark.parametrize(
+    ("given", "wish"),
+    [
+        ({}, Wish((), 256, 0.0)),
+        ({"until": None, "max_gen_toks": None, "temperature": None, "do_sample": None}, Wish((), 256, 0.0)),
+        ({"until": "\n", "max_new_tokens": 150}, Wish(("\n",), 150, 0.0)),
+        ({"until": ["a", ""], "max_tokens": 3, "max_gen_toks": 3}, Wish(("a",), 3, 0.0)),
+        ({"max_completion_tokens": 7, "num_beams": 1, "repetition_penalty": 1.0}, Wish((), 7, 0.0)),
+        ({"max_length": 100}, Wish((), 90, 0.0)),
+        ({"do_sample": True, "top_p": 0.9, "top_k": 40}, Wish((), 256, 1.0, 40, 0.9)),
+        ({"temperature": 0.7, "top_k": -1}, Wish((), 256, 0.7)),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.95}, Wish((), 256, 0.0, 0, 0.95)),
+    ],
+)
+def test_a_wish_is_read_as_the_harness_reads_it(given: dict, wish: Wish) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    assert wish_of(given, normalize_gen_kwargs, prompt_tokens=10) == wish
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_beams": 4, "seed": 3}, "num_beams = 4 is not honoured; seed = 3 is not honoured"),
+        ({"max_tokens": 3, "max_gen_toks": 4}, "max_gen_toks = 4 and max_tokens = 3 contradict each other"),
+        ({"until": 5}, "until = 5 is neither a text nor a list of texts"),
+        ({"until": ["a", 5]}, "neither a text"),
+        ({"max_gen_toks": "many"}, "max_gen_toks = 'many' is not a number"),
+        ({"max_gen_toks": 0}, "0 new tokens are asked for"),
+        ({"max_length": 8}, "-2 new tokens are asked for"),
+        ({"do_sample": True, "temperature": 0.0}, "contradict each other"),
+        ({"temperature": -1.0, "do_sample": True}, "temperature = -1.0 is negative"),
+        ({"top_p": 0.0}, "top_p = 0.0 is not above 0"),
+        ({"do_sample": "yes"}, "do_sample = 'yes' is neither true nor false"),
+    ],
+)
+def test_a_wish_that_is_not_honoured_is_named(given: dict, said: str) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    with pytest.raises(ValueError) as refused:
+        wish_of(given, normalize_gen_kwargs, prompt_tokens=10)
+    assert said in str(refused.value)
+
+
+def test_tasks_that_cannot_be_run_are_refused_with_task_and_document(tasks: Path) -> None:
+    def change(file: str, name: str, *pairs: tuple[str, str]) -> None:
+        text = (tasks / f"{file}.yaml").read_text()
+        for old, new in (("task: own_", f"task: {name}_"), *pairs):
+            assert old in text
+            text = text.replace(old, new)
+        (tasks / f"{name}.yaml").write_text(text)
+
+    model, tokenizer = build(), ByteTokenizer()
+    change("write", "beams", ("max_gen_toks: 8", "max_gen_toks: 8, num_beams: 4"))
+    with pytest.raises(ConfigError, match=r"task beams_write: generation_kwargs: num_beams = 4 is not honoured"):
+        run_tasks(model, tokenizer, says, ["own_choose", "beams_write"], tasks, window=WINDOW)
+    rows = tasks.parent / "odd.json"
+    rows.write_text(
+        "".join(
+            json.dumps({"q": q, "choices": choices, "gold": 0}) + "\n"
+            for q, choices in [("fine", [" a", " b"]), ("empty", [" a", ""]), ("long", ["y" * (WINDOW + 1), " b"])]
+        )
+    )
+    change("choose", "odd", (str(tasks.parent / "rows.json"), str(rows)))
+    with pytest.raises(ConfigError) as refused:
+        run_tasks(model, tokenizer, says, ["odd_choose"], tasks, window=WINDOW)
+    empty, long = refused.value.problems
+    assert "task odd_choose, document 1, choice 1: the continuation '' has no token" in empty
+    assert "task odd_choose, document 2, choice 0: the continuation 'yyyy" in long and "33 tokens" in long
+    change("write", "null", ("until: ['.'], max_gen_toks: 8", "until: null, max_gen_toks: null"))
+
+    def writes(prompts: Sequence[str], **wish: object) -> list[str]:
+        assert (wish["stop"], wish["max_new_tokens"]) == ([], 256)
+        return ["sat" for _ in prompts]
+
+    assert run_tasks(model, tokenizer, writes, ["null_write"], tasks, window=WINDOW)["null_write"]["exact_match"] > 0
+
+
+def test_figures_of_bytes_are_left_out_where_the_tokenizer_loses_some(tasks: Path) -> None:
+    assert run_tasks(build(), ByteTokenizer(), says, ["own_roll"], tasks, window=WINDOW, lossy="x")["own_roll"] == {}
