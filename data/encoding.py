@@ -3,6 +3,7 @@ every byte that is written, is the same."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -93,9 +94,13 @@ class MpiEncoding:
 
     def share(self, value: Any) -> Any:
         """Rank 0's value; no rank goes on before all are here."""
-        value = self._comm.bcast(value, root=0)
+        text = np.frombuffer(json.dumps(value).encode("utf-8") if self.writes else b"", np.uint8)
+        size = np.array([len(text)], np.int64)
+        self._comm.Bcast(size, root=0)
+        buffer = text.copy() if self.writes else np.empty(int(size[0]), np.uint8)
+        self._comm.Bcast(buffer, root=0)
         self._comm.Barrier()
-        return value
+        return json.loads(buffer.tobytes())
 
     def abort(self, status: int) -> None:
         """Ends all ranks: the others would wait for this one for ever."""

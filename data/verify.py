@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 from data.crc32c import crc32c
 from data.errors import DataError
 from data.index import map_records, read_header
-from data.manifest import DOCUMENTS, MANIFEST, MIXTURE, TOKENIZER, Manifest, ShardInfo, read_documents
+from data.manifest import DOCUMENTS, MANIFEST, MIXTURE, PACK_RECORD, TOKENIZER, Manifest, ShardInfo, read_documents
 from data.members import REGULAR, leads_out, member_problem
 from data.places import AddressPlace, FolderPlace, Place, scratch_folder
 from data.shards import TEXT_SUFFIX, TOKENS_SUFFIX, ShardReader
@@ -22,6 +23,8 @@ from data.tarwalk import BLOCK, Break, Member, parse_header, walk
 from data.weighted import read_mixture
 
 _CHUNK = 4 << 20
+_OWN = frozenset((MANIFEST, MIXTURE, TOKENIZER, DOCUMENTS, PACK_RECORD))
+_SHARD_NAME = re.compile(r"(train|heldout)-\d+\.(tar|idx)")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Damage:
 
 
 def verify(
-    path: str | Path, progress: Callable[[str, int, int], None] | None = None, *, deadline_s: float = 300.0
-) -> list[Damage]:
+    path: str | Path, progress: Callable[[str, int, int], None] | None = None, *, deadline_s: float = 300.0,
+    foreign: list[str] | None = None,
+) -> list[Damage]:  # fmt: skip
     """Checks a dataset's manifest, tokenizer, document list, indexes and shards; an empty list means that all is well.
 
     Each shard is compared with its checksum in the manifest and walked member by member as a tar reader would; where
@@ -59,6 +63,8 @@ def verify(
         path: the dataset's folder or address; a remote file is copied here for its check and removed again.
         progress: called as progress("verifying", bytes done, bytes in total).
         deadline_s: longest time for one part of a remote file, all tries together.
+        foreign: receives the names of files and folders that other programs left in the dataset's folder, such as
+            another reader's indexes. They are no part of the dataset and are not judged.
 
     Raises:
         DataError: the folder is missing or empty, there is nothing to verify; or the storage does not answer.
@@ -71,12 +77,15 @@ def verify(
     except DataError as error:
         return [Damage(MIXTURE, str(error))]
     if mixture is None:
-        return _verify_one(path, report, deadline_s)[1]
+        return _verify_one(path, report, deadline_s, foreign)[1]
     found: list[Damage] = []
     for source in mixture.sources:
         where = f"{str(path).rstrip('/')}/{source.name}"
         try:
-            fingerprint, damages = _verify_one(where, _naming(report, source.name), deadline_s)
+            beside: list[str] = []
+            fingerprint, damages = _verify_one(where, _naming(report, source.name), deadline_s, beside)
+            if foreign is not None:
+                foreign += (f"{source.name}/{name}" for name in beside)
         except StorageError as error:
             if not isinstance(error, MissingError):
                 raise
@@ -94,16 +103,18 @@ def _naming(report: Callable[[str, int, int], None], name: str) -> Callable[[str
 
 
 def _verify_one(
-    path: str | Path, report: Callable[[str, int, int], None], deadline_s: float
+    path: str | Path, report: Callable[[str, int, int], None], deadline_s: float, foreign: list[str] | None
 ) -> tuple[str, list[Damage]]:
     """The fingerprint (empty where the manifest is damaged) and the damages of one dataset."""
     if not is_remote(path):
-        return _verify_place(FolderPlace(local_path(path)), report)
+        return _verify_place(FolderPlace(local_path(path)), report, foreign)
     with scratch_folder() as scratch:
-        return _verify_place(AddressPlace(str(path), deadline_s, Path(scratch)), report)
+        return _verify_place(AddressPlace(str(path), deadline_s, Path(scratch)), report, foreign)
 
 
-def _verify_place(place: Place, report: Callable[[str, int, int], None]) -> tuple[str, list[Damage]]:
+def _verify_place(
+    place: Place, report: Callable[[str, int, int], None], foreign: list[str] | None
+) -> tuple[str, list[Damage]]:
     try:
         manifest = place.manifest()
     except DataError as error:
@@ -138,8 +149,12 @@ def _verify_place(place: Place, report: Callable[[str, int, int], None]) -> tupl
             report("verifying", done, total)
     known = {file for _, split in splits for shard in split.shards for file in (shard.file, shard.index)}
     for file in place.names():
-        if file.endswith((".tar", ".idx")) and file not in known:
+        if file in known or file in _OWN:
+            continue
+        if _SHARD_NAME.fullmatch(file):  # a name that packing gives: readers that take every shard would take it
             found.append(Damage(file, "does not belong to the dataset (the manifest does not list it)"))
+        elif foreign is not None:
+            foreign.append(file)
     return manifest.fingerprint, found
 
 

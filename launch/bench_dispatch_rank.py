@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -213,13 +214,15 @@ def measure_mpi(shape: Shape) -> list[dict[str, Any]]:
             for _ in range(2):
                 world.Alltoallv(*there)
                 world.Alltoallv(*reversed(there))
-            slowest = world.allreduce(time.perf_counter() - started, op=MPI.MAX)
+            slowest = np.array([time.perf_counter() - started])
+            world.Allreduce(MPI.IN_PLACE, slowest, op=MPI.MAX)
             if number:
-                seconds.append(slowest)
+                seconds.append(float(slowest[0]))
         own = [int(counts.sum() - counts[rank]) for counts in (sent, came)]
-        nbytes = world.allreduce(2 * sum(own) * shape.hidden * 4, op=MPI.MAX)
+        nbytes = np.array([2 * sum(own) * shape.hidden * 4], np.int64)
+        world.Allreduce(MPI.IN_PLACE, nbytes, op=MPI.MAX)
         results.append({"routing": routing, "way": "mpi4py Alltoallv", "seconds": seconds, "exposed_seconds": seconds,
-                        "bytes_sent": nbytes, "bytes_between_nodes": 0})  # fmt: skip
+                        "bytes_sent": int(nbytes[0]), "bytes_between_nodes": 0})  # fmt: skip
     return results if rank == 0 else []
 
 

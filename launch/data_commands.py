@@ -160,15 +160,19 @@ def _mpi_encoding() -> Any:
 def _verify(options: argparse.Namespace) -> int:
     from data.verify import verify
 
-    damages = verify(options.path, progress_line)
+    foreign: list[str] = []
+    damages = verify(options.path, progress_line, foreign=foreign)
     if sys.stderr.isatty():
         sys.stderr.write("\n")
     for damage in damages:
         print(damage)
+    if foreign:
+        more = f" and {len(foreign) - 8} more" if len(foreign) > 8 else ""
+        print(f"left alone, since they are not the dataset's: {', '.join(foreign[:8])}{more}")
     if not damages:
         print(f"{options.path}: every byte is as it was packed")
     if options.json:
-        print_json({"path": str(options.path), "damages": [str(damage) for damage in damages]})
+        print_json({"path": str(options.path), "damages": [str(damage) for damage in damages], "foreign": foreign})
     return EXIT_FAILED if damages else EXIT_OK
 
 

@@ -287,3 +287,17 @@ def test_bytes_that_change_on_their_way_are_no_damage(packed: Path) -> None:
         assert served.requests["train-00001.tar", "flip"] == 1
     finally:
         served.close()
+
+
+def test_what_other_readers_left_is_named_and_not_judged(tmp_path: Path) -> None:
+    folder = pack_small(tmp_path)
+    for name in ("train-00000.tar.idx", "index.sqlite", "notes.tar"):
+        (folder / name).write_bytes(b"x")
+    (folder / ".nv-meta").mkdir()
+    (folder / ".nv-meta" / "dataset.yaml").write_text("x")
+    foreign: list[str] = []
+    assert verify(folder, foreign=foreign) == []
+    assert foreign == [".nv-meta", "index.sqlite", "notes.tar", "train-00000.tar.idx"]
+    (folder / "train-99999.tar").write_bytes((folder / "train-00000.tar").read_bytes())
+    [damage] = verify(folder)
+    assert damage.file == "train-99999.tar" and "does not belong" in damage.problem
