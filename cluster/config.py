@@ -24,7 +24,8 @@ class ClusterConfig:
     stop_grace_s: seconds from a request to stop until the ranks are killed.
     failure_grace_s: seconds that the other ranks have to stop after one rank has failed.
     unresponsive_s: a Ray worker that answers nothing for so many seconds counts as dead.
-    capacity_wait_s: how many seconds a Ray cluster may take to grow to the size asked for.
+    capacity_wait_s: how many seconds a Ray cluster may take to grow to the size asked for, and a busy one until there
+        is room; for the latter start_timeout_s counts if it is longer.
     restarts: restarts for each kind of cause without a new checkpoint between; 0 never restarts.
     backoff_s: seconds before the first restart; each further one waits twice as long.
     backoff_max_s: the longest wait before a restart, in seconds.

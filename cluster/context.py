@@ -74,8 +74,8 @@ class LaunchResult:
 
     results holds each rank's returned object by rank, None where there is none. error is one text for people: the
     first cause. failures lists every rank's own failure, the likely cause first. generation: of the last launch, where
-    there were several. reason: a word for why nothing was tried again ("user_error", "poison", "restarts", "capacity"),
-    "" where nothing was to be tried again.
+    there were several. reason: a word for why nothing was tried again ("user_error", "poison", "restarts", "capacity",
+    "storage"), "" where nothing was to be tried again.
     """
 
     exit_code: int

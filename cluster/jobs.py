@@ -3,12 +3,11 @@
 import asyncio
 import contextlib
 import logging
-import os
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from cluster.flag import StopFlag
 from cluster.job_main import find_exit_code
 from cluster.local import print_line
 from cluster.signals import StopSignals
+from cluster.web_proxies import changed_environment, direct_requests
 
 PROMISED = (EXIT_OK, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_FAILED)
 POLL_S = 0.3
@@ -26,6 +26,8 @@ CHATTY_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
 )
+# Ray's client goes to the cluster that one of these names, whatever address it is given (RAY_API_SERVER_ADDRESS first).
+OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 END_MARGIN_S = 15  # more than the job's own grace, so that it can end its ranks itself before Ray kills it
 
 
@@ -46,6 +48,8 @@ def submit(
     entrypoint_num_cpus: float = 0,
     stop: StopFlag | None = None,
     on_output: Callable[[str], None] = print_line,
+    outlives: bool = False,
+    wait: bool = True,
 ) -> int:
     """Runs a command on the cluster and returns its exit status: 0, 75, 2, or 1 for any other end.
 
@@ -53,11 +57,15 @@ def submit(
     followed until it has. A second Ctrl-C stops waiting; the job is being stopped all the same.
 
     Args:
-        entrypoint: the command and its arguments, run in working_dir on the head node without reserving a CPU.
-        working_dir: sent to the cluster, see `staging.stage`.
+        entrypoint: the command and its arguments, run in working_dir on the head node without reserving a CPU. Where
+            it begins with "python", that is the interpreter that Ray itself runs there.
+        working_dir: sent to the cluster, see `staging.stage`; it holds the folder `cluster`.
         address: of the dashboard, "http://host:8265".
         token: sent with every request; None takes it from where Ray looks (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH).
         submission_id: a name for the job; a cluster takes each only once.
+        outlives: the cluster stays when this process ends, so SIGHUP (a lost terminal) leaves the job running and
+            returns 1; otherwise SIGHUP stops the job as SIGTERM does.
+        wait: False returns 0 once the cluster has taken the job.
 
     Raises:
         JobError: nothing answers at the address, the token is missing or wrong, or the job was refused.
@@ -67,25 +75,91 @@ def submit(
     request = {
         # Without the shell's `exec`, the job's process loses its parent when Ray ends the shell, and may stay as a
         # zombie for which Ray then waits until the grace is over.
-        "entrypoint": "exec " + shlex.join(["python", "-m", "cluster.job_main", *entrypoint]),
+        "entrypoint": "exec " + shlex.join(["sh", "cluster/job_main.sh", *entrypoint]),
         "submission_id": submission_id,
         "metadata": dict(metadata or {}),
         "runtime_env": {"working_dir": str(working_dir), "env_vars": {**(env_vars or {}), **grace}},
         "entrypoint_num_cpus": entrypoint_num_cpus,
     }
-    with StopSignals(stop) as signals:
-        client, job_id = _send(request, address, token)
+    with direct_requests(address), StopSignals(stop, hangup=StopFlag() if outlives else None) as signals:
+        client = _client(address, token)
+        job_id = _send(client, request, address)
+        if not wait:
+            on_output(f"ray: the cluster has taken the job {job_id}\n")
+            return EXIT_OK
+        return _followed(client, address, job_id, signals, stop_grace_s, on_output)
+
+
+def follow(
+    job_id: str,
+    *,
+    address: str,
+    token: str | None = None,
+    stop_it: bool = False,
+    stop_grace_s: float = 60.0,
+    on_output: Callable[[str], None] = print_line,
+) -> int:
+    """Follows a job that was submitted before, from the beginning of its log; returns what `submit` does.
+
+    Args:
+        stop_it: asks Ray to stop the job first.
+
+    Raises:
+        JobError: nothing answers at the address, the token is missing or wrong, or it knows no such job.
+    """
+    with direct_requests(address), StopSignals(hangup=StopFlag()) as signals:
+        client = _client(address, token)
         try:
-            return _follow(client, job_id, signals, stop_grace_s, on_output)
-        except (OSError, RuntimeError) as error:
-            print(
-                f"lost contact with the Ray cluster at {address} while the job {job_id} ran: {error}", file=sys.stderr
-            )
-            return EXIT_FAILED
+            client.get_job_status(job_id)
+        except RuntimeError as error:
+            raise JobError(f"the Ray cluster at {address} knows no job {job_id}; `trimtab jobs` lists them") from error
+        if stop_it:
+            signals.stop.set()
+        return _followed(client, address, job_id, signals, stop_grace_s, on_output)
 
 
-def _send(request: dict[str, Any], address: str, token: str | None) -> tuple[Any, str]:
-    """The client and the job's name."""
+def list_jobs(*, address: str, token: str | None = None) -> list[dict[str, Any]]:
+    """The cluster's submitted jobs, the oldest first: job, status, began (seconds since 1970, None before), run.
+
+    Raises:
+        JobError: nothing answers at the address, or the token is missing or wrong.
+    """
+    with direct_requests(address):
+        found = _client(address, token).list_jobs()
+    jobs = [
+        {
+            "job": one.submission_id,
+            "status": str(getattr(one.status, "value", one.status)),
+            "began": one.start_time / 1000 if one.start_time else None,
+            "run": (one.metadata or {}).get("run", ""),
+        }
+        for one in found
+        if one.submission_id
+    ]
+    return sorted(jobs, key=lambda job: job["began"] or 0)
+
+
+def _followed(
+    client: Any,
+    address: str,
+    job_id: str,
+    signals: StopSignals,
+    stop_grace_s: float,
+    on_output: Callable[[str], None],
+) -> int:
+    try:
+        return _follow(client, job_id, signals, stop_grace_s, on_output)
+    except (OSError, RuntimeError) as error:
+        print(f"lost contact with the Ray cluster at {address} while the job {job_id} ran: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _client(address: str, token: str | None) -> Any:
+    """Ray's client of exactly this dashboard; to be used inside `direct_requests`.
+
+    Raises:
+        JobError: nothing answers there, or the token is missing or wrong.
+    """
     try:
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
@@ -94,21 +168,44 @@ def _send(request: dict[str, Any], address: str, token: str | None) -> tuple[Any
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)  # after the import, which sets it
     headers = {"Authorization": f"Bearer {token}"} if token else None
-    with _proxies_left_out(address):
-        try:
+    try:
+        with changed_environment(dict.fromkeys(OVERRIDES)):
             client = JobSubmissionClient(address, headers=headers)
-            return client, client.submit_job(**request)
-        except AuthenticationError as error:
-            raise JobError(
-                f"the Ray cluster at {address} wants its token; put it into RAY_AUTH_TOKEN, or the name of its file "
-                f"into RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token ({str(error).splitlines()[0]})"
-            ) from error
-        except ConnectionError as error:
-            raise JobError(
-                f"no Ray dashboard answers at {address}; start a cluster or give another address ({error})"
-            ) from error
-        except RuntimeError as error:
-            raise JobError(f"the Ray cluster at {address} refused the job: {str(error).strip()}") from error
+    except AuthenticationError as error:
+        raise _token_wanted(address, error) from error
+    except (ConnectionError, OSError) as error:
+        raise JobError(
+            f"no Ray dashboard answers at {address}; start a cluster or give another address ({error})"
+        ) from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise JobError(f"what answers at {address} is not a Ray dashboard that takes jobs: {error}") from error
+    if client.get_address().rstrip("/") != address.rstrip("/"):
+        raise JobError(
+            f"Ray's client went to {client.get_address()} instead of {address}; no job was sent. Something in the "
+            "environment leads it there: unset the variables whose names begin with RAY_ and submit again"
+        )
+    return client
+
+
+def _send(client: Any, request: dict[str, Any], address: str) -> str:
+    """Submits the job and returns its name."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        return client.submit_job(**request)
+    except AuthenticationError as error:
+        raise _token_wanted(address, error) from error
+    except (ConnectionError, OSError) as error:
+        raise JobError(f"the Ray dashboard at {address} no longer answers; no job was started ({error})") from error
+    except RuntimeError as error:
+        raise JobError(f"the Ray cluster at {address} refused the job: {str(error).strip()}") from error
+
+
+def _token_wanted(address: str, error: Exception) -> JobError:
+    return JobError(
+        f"the Ray cluster at {address} wants its token; put it into RAY_AUTH_TOKEN, or the name of its file "
+        f"into RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token ({str(error).splitlines()[0]})"
+    )
 
 
 def _follow(
@@ -120,7 +217,11 @@ def _follow(
     log.start()
     try:
         if not _wait(client, job_id, signals, keep, stop_grace_s):
-            on_output("no longer waiting; the job is being stopped\n")
+            if signals.hangup is None or not signals.hangup.is_set():
+                on_output("no longer waiting; the job is being stopped\n")
+                return EXIT_FAILED
+            with contextlib.suppress(OSError):  # the terminal is gone
+                on_output(f"the terminal is gone; the job {job_id} goes on without it\n")
             return EXIT_FAILED
     finally:
         log.done.set()
@@ -136,10 +237,12 @@ def _follow(
 
 
 def _wait(client: Any, job_id: str, signals: StopSignals, keep: "_Keeper", stop_grace_s: float) -> bool:
-    """True when the job has ended, False when the user would not wait for that."""
+    """True when the job has ended, False when the user would not wait for that, or the terminal is gone."""
     asked_at: float | None = None
     silent_since: float | None = None
     while keep.exit_code is None:
+        if signals.hangup is not None and signals.hangup.is_set():
+            return False
         try:
             if client.get_job_status(job_id).is_terminal():
                 return True
@@ -222,20 +325,3 @@ class _LogFollower(threading.Thread):
                 return
             self._keep.add(text, position)
             position += len(text)
-
-
-@contextlib.contextmanager
-def _proxies_left_out(address: str) -> Iterator[None]:
-    """A web proxy in the environment must not be asked for a cluster on this machine."""
-    if "127.0.0.1" not in address and "localhost" not in address:
-        yield
-        return
-    before = os.environ.get("NO_PROXY")
-    os.environ["NO_PROXY"] = ",".join(filter(None, [before, "127.0.0.1", "localhost"]))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["NO_PROXY"]
-        else:
-            os.environ["NO_PROXY"] = before

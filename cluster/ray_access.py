@@ -24,23 +24,40 @@ _ADVICE = (
 )
 
 
+def address_problem(address: str) -> tuple[str, ...]:
+    """Why this is no address of a dashboard; nothing when it is one, of the form http://HOST:PORT or https://HOST."""
+    try:
+        parts = urlsplit(address)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 80) > 0
+    except ValueError:  # its port is no number, or its brackets do not match
+        known = False
+    if not known or parts.query or parts.fragment:
+        return (
+            f"--address {address} is not the address of a Ray dashboard; give scheme, host and port, as in "
+            "http://127.0.0.1:8265",
+        )
+    if parts.username is not None or parts.password is not None:
+        return ("--address holds a login; give http://HOST:PORT alone, and the cluster's token in RAY_AUTH_TOKEN_PATH",)
+    return ()
+
+
 def dashboard_problems(address: str) -> list[str]:
     """Every reason not to send a job to a dashboard; nothing where it does not answer, which sending will report.
 
     Args:
         address: "http://host:8265".
     """
+    if problem := address_problem(address):
+        return list(problem)
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return [f"--address {address} is not the address of a Ray dashboard; give it as http://127.0.0.1:8265"]
-    found = []
-    if parts.scheme == "http" and not is_loopback(parts.hostname):
+    host, found = parts.hostname or "", []
+    if parts.scheme == "http" and not is_loopback(host):
         found.append(
             f"--address {address} is not on loopback, and over http the token and the code travel readably; let the "
-            f"dashboard listen on its own loopback, run `ssh -L 8265:127.0.0.1:8265 {parts.hostname}` and give "
+            f"dashboard listen on its own loopback, run `ssh -L 8265:127.0.0.1:8265 {host}` and give "
             "--address http://127.0.0.1:8265, or use https, or give --insecure"
         )
-    elif is_loopback(parts.hostname) and listens_everywhere(parts.port or 80):
+    elif is_loopback(host) and listens_everywhere(parts.port or 80):
         found.append(
             f"the Ray dashboard at {address} listens on all interfaces of this machine; start it with "
             "--dashboard-host 127.0.0.1, or give --insecure"
@@ -70,6 +87,39 @@ def cluster_problem(address: str) -> str:
     return f"the Ray cluster at {address} asks nobody for a token: whoever reaches it runs code on its nodes; {_ADVICE}"
 
 
+def gcs_address_problem(address: str) -> str:
+    """Why RAY_ADDRESS cannot be where a driver joins a cluster, "" where it can: host:port, "auto" or nothing."""
+    if address in ("", "auto"):
+        return ""
+    give = "give RAY_ADDRESS=HEAD:6379 (host and port of the cluster's GCS, see `ray start --head --port`)"
+    scheme, found, rest = address.partition("://")
+    if found and scheme in ("http", "https"):
+        host = rest.split("/")[0].rpartition(":")[0] or rest
+        return (
+            f"RAY_ADDRESS = {address} is the address of a dashboard, which takes jobs: use `trimtab submit CONFIG "
+            f"--address {address}`, or {give.replace('HEAD', host)}"
+        )
+    if found and scheme == "ray":
+        host = rest.split("/")[0].rpartition(":")[0] or rest
+        return (
+            f"RAY_ADDRESS = {address} is the address of the Ray client's server, which cannot place ranks; "
+            f"{give.replace('HEAD', host)}"
+        )
+    if found:
+        return f"RAY_ADDRESS = {address} is of an unknown kind; {give}"
+    if address == "local":
+        return (
+            "RAY_ADDRESS = local would start a Ray of its own that asks nobody for a token; use `trimtab submit` "
+            "without --address, which starts one with a token, or --launcher local"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or (":" in host and not host.startswith("[")):
+        return f"RAY_ADDRESS = {address} has no port; give RAY_ADDRESS={address}:6379, or the port of its GCS"
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        return f"RAY_ADDRESS = {address}: {port!r} is not a port from 1 to 65535; {give}"
+    return ""
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this machine only."""
     try:
@@ -93,8 +143,12 @@ def listens_everywhere(port: int) -> bool:
 
 
 def _status_without_token(url: str) -> int | None:
-    """The status of a request without credentials and without a proxy; None where nothing answers."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    """The status of a request without credentials; None where nothing answers.
+
+    It goes the way that the job's requests will go (`web_proxies.direct_requests`): over http without a proxy.
+    """
+    handlers = [urllib.request.ProxyHandler({})] if url.startswith("http:") else []
+    opener = urllib.request.build_opener(*handlers)
     try:
         with opener.open(url, timeout=ASK_S) as answer:
             return answer.status

@@ -1,11 +1,12 @@
 """The Ray launcher, driver side: connects, checks that the workers fit, and runs a gang of actors."""
 
 import os
+import re
 import shutil
 import socket
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,10 @@ from cluster.entry import encode
 from cluster.flag import StopFlag
 from cluster.local import print_line
 from cluster.outcome import conclude, refused
-from cluster.ray_access import cluster_problem
-from cluster.ray_gang import Gang, GangError
+from cluster.ray_access import cluster_problem, gcs_address_problem
+from cluster.ray_capacity import NoRoom, Shortage, StoppedWaiting, capacity_problem, placeable_nodes, wants_gpu
+from cluster.ray_gang import Gang, GangError, Unshared
+from cluster.ray_python import cluster_python
 from cluster.signals import StopSignals
 from cluster.staging import ROOMS, stage
 
@@ -25,32 +28,6 @@ if TYPE_CHECKING:
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a submitted job
 REACH_S = 10.0
-
-
-def capacity_problem(spec: ClusterConfig, nodes: Sequence[Mapping[str, float]], use_gpu: bool) -> str | None:
-    """Why the cluster cannot place the workers, None when it can.
-
-    Args:
-        nodes: the total resources of each living node, as Ray counts them ({"CPU": 4.0, "GPU": 1.0, ...}).
-    """
-    fits = [places(node, spec, use_gpu) for node in nodes]
-    offer = "; ".join(f"node {n}: {r.get('CPU', 0):g} CPU, {r.get('GPU', 0):g} GPU" for n, r in enumerate(nodes, 1))
-    each = f"{spec.cpus_per_worker} CPU" + (" and 1 GPU" if use_gpu else "")
-    if spec.nodes > 1:
-        per_node = spec.workers // spec.nodes
-        wide_enough = sum(fit >= per_node for fit in fits)
-        if wide_enough < spec.nodes:
-            return (
-                f"cluster.nodes = {spec.nodes} with {per_node} workers each ({each} per worker) do not fit: only "
-                f"{wide_enough} of the Ray cluster's {len(nodes)} nodes hold that many ({offer}); "
-                f"use fewer nodes or workers, or add nodes"
-            )
-    elif sum(fits) < spec.workers:
-        return (
-            f"cluster.workers = {spec.workers} ({each} each) is more than the Ray cluster can place: it has room for "
-            f"{sum(fits)} ({offer}); use at most {sum(fits)} workers, or add nodes"
-        )
-    return None
 
 
 def run(
@@ -68,6 +45,7 @@ def run(
     pool: "RayPool | None" = None,
     leave: Callable[[], str] = lambda: "",
     insecure: bool = False,
+    shared: Sequence[Path] = (),
 ) -> LaunchResult:
     """Runs the entry in spec.workers Ray actors of the cluster that RAY_ADDRESS (or this machine's Ray) names.
 
@@ -83,6 +61,7 @@ def run(
         pool: of a run that may be launched again: holds the connection, and the nodes to avoid.
         leave: asked now and then; any text makes the ranks stop as a signal would.
         insecure: also on a cluster that asks nobody for a token (without a pool; a pool's connection knows).
+        shared: folders that every worker's node has to see and may write; the launch is refused where one does not.
     """
     text = encode(payload, "the payload")
     log_dir = Path(log_dir).resolve()
@@ -92,12 +71,15 @@ def run(
         try:
             connection.open(spec.start_timeout_s)
             signals.install()  # ray.init takes SIGTERM for itself
-            use_gpu, problem = _check_capacity(spec, signals)
-            if problem:
+            nodes = placeable_nodes()
+            use_gpu = wants_gpu(spec, nodes)
+            if not spec.capacity_wait_s and (problem := capacity_problem(spec, nodes, use_gpu)):
                 return refused(spec.workers, problem)
+            if pool:
+                pool.order(0)  # what was ordered is taken now
             gang = Gang(spec, log_dir, signals, on_output, use_gpu, leave, pool.avoided() if pool else ())
             try:
-                gang.place()
+                gang.place(shared)
                 if pool:
                     pool.in_use = {worker.place["node_id"] for worker in gang.workers}
                 gang.begin(entry, text, generation, ep_size)
@@ -107,6 +89,12 @@ def run(
             finally:
                 gang.end()
             return conclude(gang.reports, gang.lost, signals.stop.is_set())
+        except (Shortage, Unshared, RefusedError) as error:
+            return refused(spec.workers, str(error))
+        except NoRoom as error:
+            return LaunchResult(EXIT_FAILED, [None] * spec.workers, str(error), reason="capacity")
+        except StoppedWaiting as error:
+            return LaunchResult(EXIT_FAILED, [None] * spec.workers, str(error))
         except ConnectionError as error:
             return LaunchResult(EXIT_FAILED, [None] * spec.workers, str(error))
         finally:
@@ -127,11 +115,15 @@ class Connection:
         self._staged: Path | None = None
 
     def open(self, timeout_s: float) -> None:
-        """Connects. Raises: ConnectionError, with what to do."""
+        """Connects.
+
+        Raises:
+            RefusedError: it cannot work with these settings. ConnectionError: nobody answers, or not to this token.
+        """
         try:
             import ray
         except ImportError:
-            raise ConnectionError("the Ray launcher needs Ray; install it with: pip install 'ray[default]'") from None
+            raise RefusedError(_no_ray()) from None
         if ray.is_initialized():
             return
         runtime_env: dict[str, Any] = {}
@@ -139,7 +131,10 @@ class Connection:
             self._staged = Path(tempfile.mkdtemp(prefix="trimtab-code-"))
             stage(self._code, self._staged, folders=self._folders)
             runtime_env["working_dir"] = str(self._staged)
-        where = os.environ.get("RAY_ADDRESS", "this machine")
+        given = os.environ.get("RAY_ADDRESS", "")
+        if problem := gcs_address_problem(given):
+            raise RefusedError(problem)
+        where = given if given not in ("", "auto") else "this machine"
         try:
             known = _check_reachable(where, min(timeout_s, REACH_S))
             if known:  # before anything is sent there
@@ -151,6 +146,11 @@ class Connection:
         except _OpenClusterError as error:
             self.close()
             raise ConnectionError(str(error)) from None
+        except RuntimeError as error:
+            self.close()
+            if "Version mismatch" not in str(error):
+                raise ConnectionError(f"Ray could not join the cluster at {where}: {error}") from error
+            raise RefusedError(version_problem(str(error), where)) from None
         except OSError as error:
             if "authentication token" in f"{error.__cause__}".lower():
                 raise ConnectionError(
@@ -177,6 +177,39 @@ class Connection:
             shutil.rmtree(self._staged, ignore_errors=True)
 
 
+class RefusedError(Exception):
+    """The launch cannot work with what was given; nothing has started."""
+
+
+def version_problem(text: str, where: str) -> str:
+    """What to do about Ray's complaint that this process and the cluster run other versions of Ray or Python.
+
+    Args:
+        text: what `ray.init` raised: two parts, the cluster's first, with lines "Ray: 2.55.1" and "Python: 3.11.7".
+    """
+    rays, pythons = re.findall(r"\bRay:\s*(\S+)", text), re.findall(r"\bPython:\s*(\S+)", text)
+    if len(rays) != 2 or len(pythons) != 2:
+        return f"the Ray cluster at {where} and this process do not fit: {' '.join(text.split())}"
+    theirs, ours = (f"Ray {ray} on Python {python}" for ray, python in zip(rays, pythons, strict=True))
+    ways = []
+    if rays[0] != rays[1]:
+        ways.append(f"install ray=={rays[0]} here, or start the cluster again with Ray {rays[1]}")
+    if pythons[0] != pythons[1]:
+        ways.append(f"run both on one Python, {pythons[0]} or {pythons[1]}")
+    ways.append("`trimtab submit --address` runs the job under the cluster's own Python")
+    return f"the Ray cluster at {where} runs {theirs}, this process ({sys.executable}) {ours}; {'; '.join(ways)}"
+
+
+def _no_ray() -> str:
+    if JOB_CONFIG not in os.environ:
+        return f"the Ray launcher needs Ray, which {sys.executable} lacks; install it with: pip install 'ray[default]'"
+    theirs = cluster_python() or "unknown"
+    return (
+        f"the job's python is {sys.executable}, which has no Ray; the cluster's is {theirs}. Submit the job with that "
+        "one, or put its folder first on PATH where `ray start` is called; launch/jobs/ray_cluster.sh does"
+    )
+
+
 class _OpenClusterError(Exception):
     """The cluster takes work from anybody."""
 
@@ -188,30 +221,3 @@ def _check_reachable(address: str, timeout_s: float) -> bool:
         return False
     socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
     return True
-
-
-def places(node: Mapping[str, float], spec: ClusterConfig, use_gpu: bool) -> int:
-    """How many workers a node with these resources holds."""
-    count = int(node.get("CPU", 0) // spec.cpus_per_worker)
-    return min(count, int(node.get("GPU", 0))) if use_gpu else count
-
-
-def wants_gpu(spec: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether each worker reserves a GPU; "auto" means: where any node has one."""
-    if spec.accelerator == "auto":
-        return any(node.get("GPU", 0) >= 1 for node in nodes)
-    return spec.accelerator == "gpu"
-
-
-def _check_capacity(spec: ClusterConfig, signals: StopSignals) -> tuple[bool, str | None]:
-    """Whether to reserve GPUs, and why the workers do not fit; waits capacity_wait_s for the cluster to grow."""
-    import ray
-
-    deadline = time.monotonic() + spec.capacity_wait_s
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        on_gpus = wants_gpu(spec, nodes)
-        problem = capacity_problem(spec, nodes, on_gpus)
-        if problem is None or time.monotonic() >= deadline or signals.stop.is_set():
-            return on_gpus, problem
-        time.sleep(1.0)

@@ -1,5 +1,6 @@
 """The Ray actors of one launch: placed together, started, watched and ended together."""
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,8 @@ from cluster.context import RankContext, RankFailure
 from cluster.entry import loopback_interface
 from cluster.logs import LogTail, last_lines, rank_log
 from cluster.monitor import hang_of, new_watch
-from cluster.ray_nodes import is_gone, living_nodes
+from cluster.ray_capacity import bundles_of, make_group, wait_for_room
+from cluster.ray_nodes import is_gone
 from cluster.ray_rank import RankActor
 from cluster.signals import StopSignals
 from cluster.worlds import Seat, seat_ranks
@@ -28,6 +30,30 @@ class GangError(Exception):
     def __init__(self, failure: RankFailure) -> None:
         super().__init__(failure.message)
         self.failure = failure
+
+
+class Unshared(Exception):
+    """A node does not see a folder that all have to see; the entry has not started."""
+
+
+def unshared_problem(shared: Sequence[Path], places: Sequence[Mapping[str, Any]]) -> str:
+    """Which nodes do not see a folder that the driver wrote into, "" where all do.
+
+    Args:
+        places: of each worker, from `RankActor.where`: "missing" says why, for the log folder and each shared one.
+    """
+    said = []
+    for number, folder in enumerate(shared, start=1):
+        for place in places:
+            if why := place["missing"][number]:
+                said.append(f"the node {place['address']} {why.format(folder=folder)}")
+    if not said:
+        return ""
+    return (
+        f"{'; '.join(dict.fromkeys(said))}: the driver on {os.uname().nodename} wrote a file there. Every rank saves "
+        "its part of a checkpoint, so use --run on storage that all nodes see and may write, or checkpoint.dir = an "
+        "address (s3://...)"
+    )
 
 
 @dataclass
@@ -71,29 +97,24 @@ class Gang:
         reports: list[dict | None] = [worker.report for worker in self.workers]
         return reports or [None] * self.spec.workers
 
-    def place(self) -> None:
-        """Reserves room for all workers at once, starts them and asks where they are."""
+    def place(self, shared: Sequence[Path] = ()) -> None:
+        """Reserves room for all workers at once, starts them and asks where they are.
+
+        Args:
+            shared: folders that every worker's node has to see and may write.
+
+        Raises:
+            Shortage, NoRoom, StoppedWaiting: there is no room. Unshared: a node does not see a folder. GangError.
+        """
         import ray
-        from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        n_nodes = self._n_nodes()
         spec = self.spec
-        need: dict[str, float] = {"CPU": spec.cpus_per_worker}
-        if self.use_gpu:
-            need["GPU"] = 1
-        if spec.nodes > 1:  # one bundle a node, so that every node gets the same number of workers
-            per_node = spec.workers // spec.nodes
-            bundles, strategy = [{k: v * per_node for k, v in need.items()}] * spec.nodes, "STRICT_SPREAD"
-        else:
-            per_node = 1
-            bundles, strategy = [dict(need)] * spec.workers, "PACK"
-        elsewhere = [{"ray.io/node-id": f"!in({','.join(self.avoid)})"}] * len(bundles) if self.avoid else None
-        self._group = placement_group(bundles, strategy=strategy, bundle_label_selector=elsewhere)
-        while not self._group.wait(timeout_seconds=0.3):
-            self._check_start("the placement group", "worker", range(spec.workers))
-            if self._n_nodes() < n_nodes:  # what was counted on has gone meanwhile
-                raise self._start_error(0, "a node was lost while the workers were being placed", "capacity")
+        bundles, strategy = bundles_of(spec, spec.workers, self.use_gpu)
+        per_node = spec.workers // len(bundles)
+        self._group = make_group(bundles, strategy, self.avoid)
+        wait_for_room(self._group, spec, self.use_gpu, self.signals.stop.is_set, self.on_output)
+        self._deadline = time.monotonic() + spec.start_timeout_s
 
         rank_actor = ray.remote(RankActor)
         for number in range(spec.workers):
@@ -109,14 +130,21 @@ class Gang:
                 scheduling_strategy=strategy_here,
             ).remote()
             self.workers.append(_Worker(actor))
-        proof = self.log_dir / f".seen-{secrets.token_hex(8)}"
-        proof.touch()
+        name = f".seen-{secrets.token_hex(8)}"
+        proofs = [folder / name for folder in (self.log_dir, *shared)]
         try:
-            places = self._get([w.actor.where.remote(str(proof)) for w in self.workers], "each worker's place")
+            for proof in proofs:
+                proof.parent.mkdir(parents=True, exist_ok=True)
+                proof.touch()
+            texts = [str(proof) for proof in proofs]
+            places = self._get([w.actor.where.remote(texts) for w in self.workers], "each worker's place")
         finally:
-            proof.unlink()
+            for proof in proofs:
+                proof.unlink(missing_ok=True)
         for worker, place in zip(self.workers, places, strict=True):
-            worker.place = place
+            worker.place = {**place, "sees_logs": not place["missing"][0]}
+        if problem := unshared_problem(shared, [worker.place for worker in self.workers]):
+            raise Unshared(problem)
 
     def begin(self, entry: str, payload_text: str, generation: int, ep_size: int) -> None:
         """Orders the workers by node, agrees on the rendezvous and starts the entry on each."""
@@ -206,11 +234,9 @@ class Gang:
         return answers
 
     def _check_start(self, what: str, who: str, numbers: Sequence[int]) -> None:
-        """Raises when the start was called off or has taken too long."""
+        """Raises when the start has taken too long."""
         import ray
 
-        if self.signals.stop.is_set() and not self.workers:
-            raise self._start_error(numbers[0], "the launch was asked to stop before it had got its workers")
         if time.monotonic() > self._deadline:
             raise self._start_error(
                 numbers[0],
@@ -221,10 +247,6 @@ class Gang:
     @staticmethod
     def _start_error(rank: int, message: str, kind: str = "start") -> GangError:
         return GangError(RankFailure(rank, kind, message, observed_at=time.time()))
-
-    @staticmethod
-    def _n_nodes() -> int:
-        return len(living_nodes())
 
     def _ask_all(self) -> None:
         """Collects what has been answered and asks again, without waiting for a worker that is silent."""

@@ -20,9 +20,14 @@ from cluster.entry import FOREIGN_PREFIXES
 from cluster.logs import last_lines
 from cluster.ports import free_ports
 from cluster.ray_guard import MARK_NAME
+from cluster.web_proxies import without_proxies
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # nothing of size passes through it; Ray's minimum is 75 MiB
+NOBODY = "http://127.0.0.1:9/"  # a head whose reports on its use are off reports just that, to the internet
 ATTEMPTS = 3
+TEMP_ROOTS = ("/tmp", "/var/tmp", "/dev/shm")  # after TMPDIR
+# Ray's sockets lie about 82 characters below this folder, and Linux allows 107 in all.
+LONGEST_ROOT = 24
 ROOT = str(Path(__file__).resolve().parent.parent)
 RAY_START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from ray.scripts.scripts import main; main()"
 
@@ -93,6 +98,7 @@ def ray_environment(token_path: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_USAGE_STATS_REPORT_URL": NOBODY,
         # Ray turns 127.0.0.1 into the machine's outward address unless clusters of several nodes are off; the
         # variable is named after the systems where that is the default.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -104,7 +110,7 @@ def start_local(
     num_cpus: int | None = None,
     num_gpus: int | None = None,
     *,
-    temp_root: Path | str = "/tmp",
+    temp_root: Path | str | None = None,
     start_timeout_s: float = 60.0,
 ) -> LocalCluster:
     """Starts a head node that only this machine and only holders of its token can reach; returns when it takes jobs.
@@ -113,7 +119,8 @@ def start_local(
         num_cpus: CPUs that Ray may give away (a count, it does not bind cores), None for the machine's.
         num_gpus: the same for GPUs, None to let Ray find them.
         temp_root: folder for the session; it has to be short, because Unix socket names are limited to about 100
-            characters. The token lies there, readable by this user only; ~/.ray is not touched.
+            characters. The token lies there, readable by this user only; ~/.ray is not touched. None takes the first
+            that can be written of TMPDIR, if that is short enough, /tmp, /var/tmp and /dev/shm.
 
     Raises:
         RayStartError: it did not come up in time, or Ray is not installed.
@@ -121,7 +128,7 @@ def start_local(
     last: RayStartError | None = None
     for _ in range(ATTEMPTS):
         try:
-            return _start_once(num_cpus, num_gpus, Path(temp_root), start_timeout_s)
+            return _start_once(num_cpus, num_gpus, _session_folder(temp_root), start_timeout_s)
         except RayStartError as error:
             last = error
             if "already in use" not in str(error) and "Failed to bind" not in str(error):
@@ -129,9 +136,30 @@ def start_local(
     raise RayStartError(f"no free port after {ATTEMPTS} attempts; {last}")
 
 
-def _start_once(num_cpus: int | None, num_gpus: int | None, temp_root: Path, start_timeout_s: float) -> LocalCluster:
+def _session_folder(temp_root: Path | str | None) -> Path:
+    """A new folder, mode 0700, for one session."""
+    reasons = []
+    named = [("TMPDIR", os.environ.get("TMPDIR", "")), *(("", root) for root in TEMP_ROOTS)]
+    for variable, root in [("", str(temp_root))] if temp_root is not None else named:
+        if not root:
+            continue
+        name = f"{variable} = {root}" if variable else root
+        try:
+            resolved = Path(root).resolve()
+            if len(os.fsencode(resolved)) > LONGEST_ROOT:
+                reasons.append(f"{name} is longer than the {LONGEST_ROOT} characters that leave room for Ray's sockets")
+                continue
+            return Path(tempfile.mkdtemp(prefix="tt-", dir=resolved))
+        except OSError as error:
+            reasons.append(f"{name}: {error.strerror or error}")
+    raise RayStartError(
+        f"there is no folder for Ray's session ({'; '.join(reasons)}); set TMPDIR to a folder that can be written, of "
+        f"at most {LONGEST_ROOT} characters, or use --launcher local, which needs none"
+    )
+
+
+def _start_once(num_cpus: int | None, num_gpus: int | None, session: Path, start_timeout_s: float) -> LocalCluster:
     begun = time.monotonic()
-    session = Path(tempfile.mkdtemp(prefix="tt-", dir=temp_root)).resolve()  # mode 0700
     token_path = session / "token"
     with os.fdopen(os.open(token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
@@ -185,8 +213,9 @@ def _wait_until_ready(cluster: LocalCluster, log: Path, deadline: float, limit_s
 
 def _answers(address: str, token: str) -> bool:
     request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {token}"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would get the token
     try:
-        with urllib.request.urlopen(request, timeout=2.0) as response:
+        with opener.open(request, timeout=2.0) as response:
             return response.status == 200
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
@@ -213,5 +242,6 @@ def _ray_command(temp_dir: Path, port: int, num_cpus: int | None, num_gpus: int 
 
 def _clean_environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith((*FOREIGN_PREFIXES, "RAY_")) and k != MARK_NAME}
+    kept |= without_proxies(kept)
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, kept.get("PYTHONPATH")]))
     return kept

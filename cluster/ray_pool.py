@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.context import RankFailure
-from cluster.ray_actors import Connection, places, wants_gpu
+from cluster.ray_actors import Connection
+from cluster.ray_capacity import bundles_of, make_group, places, wants_gpu
 from cluster.ray_nodes import Node, draining_nodes, living_nodes
 from cluster.staging import ROOMS
 
@@ -37,6 +39,8 @@ class RayPool:
         self._suspects: set[str] = set()  # nodes that lost a rank: they may be gone
         self._failures: Counter[str] = Counter()
         self._addresses: dict[str, str] = {}  # by id, of every node that was ever seen
+        self._ordered = 0
+        self._order: Any = None  # the placement group that stands for what is ordered
 
     def available(self) -> int:
         """How many workers the nodes hold that are alive, not about to go, and not avoided."""
@@ -51,6 +55,19 @@ class RayPool:
     def leaving(self) -> str:
         """A drain notice for a node of this run."""
         return "a node of this run is about to be drained" if self.in_use & draining_nodes() else ""
+
+    def order(self, workers: int) -> None:
+        """Asks for room for so many workers with a placement group, for which an autoscaler starts nodes."""
+        if workers == self._ordered:
+            return
+        from ray.util import remove_placement_group
+
+        if self._order is not None:
+            remove_placement_group(self._order)
+        self._order, self._ordered = None, workers
+        if workers:
+            on_gpus = wants_gpu(self.spec, [node.resources for node in self._living()])
+            self._order = make_group(*bundles_of(self.spec, workers, on_gpus), self.avoided())
 
     def avoided(self) -> list[str]:
         """Ids of living nodes that failed too often, unless the rest could not go on without them."""

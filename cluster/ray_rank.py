@@ -16,6 +16,21 @@ from cluster.logs import LogTail, redirect_output
 from cluster.monitor import start_monitor, stop_monitor
 from cluster.ports import PortHold, interface_of
 
+LOOKS = 3  # a network's file system may show a new file late
+LOOK_AGAIN_S = 1.0
+
+
+def folder_problem(proof: Path) -> str:
+    """What is wrong on this machine with the folder of a file that another one wrote, "" when nothing is."""
+    for look in range(LOOKS):
+        if proof.exists():
+            return "" if os.access(proof.parent, os.W_OK | os.X_OK) else "may not write {folder}"
+        if not proof.parent.exists():
+            break
+        if look + 1 < LOOKS:
+            time.sleep(LOOK_AGAIN_S)
+    return "does not see {folder}"
+
 
 class RankActor:
     """A worker without a rank at first; `begin` gives it one. Created with max_restarts=0 and max_concurrency > 1."""
@@ -27,15 +42,15 @@ class RankActor:
         self._tail: LogTail | None = None
         self._thread: threading.Thread | None = None
 
-    def where(self, shared_proof: str) -> dict:
-        """This worker's place; shared_proof is a file that the driver wrote into its log folder."""
+    def where(self, proofs: list[str]) -> dict:
+        """This worker's place. proofs: files that the driver wrote; "missing" says what is wrong with each folder."""
         import ray
 
         return {
             "node_id": ray.get_runtime_context().get_node_id(),
             "address": ray.util.get_node_ip_address(),
             "pid": os.getpid(),
-            "sees_logs": os.path.exists(shared_proof),
+            "missing": [folder_problem(Path(proof)) for proof in proofs],
         }
 
     def hold_port(self, host: str) -> str:

@@ -14,10 +14,16 @@ class StopSignals:
 
     Python runs signal handlers in the main thread only, so in any other thread this only carries the two events.
     A repeated SIGTERM does not force: schedulers send it to a process and again to its group.
+
+    Args:
+        hangup: set by SIGHUP, a terminal that went away, which then does not ask for a stop; None: it does.
     """
 
-    def __init__(self, stop: StopFlag | None = None, extra: tuple[signal.Signals, ...] = ()) -> None:
+    def __init__(
+        self, stop: StopFlag | None = None, extra: tuple[signal.Signals, ...] = (), hangup: StopFlag | None = None
+    ) -> None:
         self.stop = stop or StopFlag()
+        self.hangup = hangup
         self.force = StopFlag()
         self.name = ""  # of the signal that asked first
         self._signals = STOP_SIGNALS + extra
@@ -44,6 +50,9 @@ class StopSignals:
                 self._previous.setdefault(number, previous or signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.hangup is not None:
+            self.hangup.set()
+            return
         if self.stop.is_set() and number == signal.SIGINT:
             self.force.set()
         if not self.name:

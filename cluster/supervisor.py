@@ -16,6 +16,7 @@ from cluster.flag import StopFlag
 
 SAME_PLACE = 3  # failures in a row in one step (or section before the first step) that end the run
 MORE_WORKERS = "more workers"  # the cause of a restart that grows the world
+NO_FILE = "[Errno 2]"  # ENOENT in the message of an OSError
 LOOK_S = 1.0  # between two looks at what a cluster can place
 
 
@@ -100,6 +101,10 @@ class Pool(Protocol):
         """Why the ranks should leave their nodes now, "" when they may stay; asked while they run."""
         ...
 
+    def order(self, workers: int) -> None:
+        """Asks for room for so many workers beside those that run, which has an autoscaler start nodes; 0 withdraws."""
+        ...
+
 
 class OneMachine:
     """The pool of a launcher that starts everything on this machine."""
@@ -114,6 +119,9 @@ class OneMachine:
     def leaving(self) -> str:
         """A notice for this machine is a signal to the launcher."""
         return ""
+
+    def order(self, workers: int) -> None:
+        """Nobody adds machines."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,7 @@ class _Supervisor:
         if not self._left and time.monotonic() - self._looked_at >= LOOK_S:
             self._looked_at = time.monotonic()
             self._left = self.pool.leaving()
+            self.pool.order(self.policy.workers - self._workers)
             if not self._left and self._workers < self.policy.workers and self._best() > self._workers:
                 self._left = MORE_WORKERS
         return self._left
@@ -289,6 +298,11 @@ class _Supervisor:
             facts["node"] = failure.node
         if place.seen_at and failure.observed_at:
             facts["seconds_detection"] = round(max(0.0, failure.observed_at - place.seen_at), 3)
+        if cause == "storage" and not committed and NO_FILE in failure.message:
+            text = (
+                "no save has succeeded, and the folder is missing for a rank; starting again would lose the same steps"
+            )
+            return facts, place, Verdict(False, "storage", text)
         return facts, place, self.history.judge(cause, place, committed)
 
     def _give_up(self, generation: Generation, result: LaunchResult, place: Place, verdict: Verdict) -> LaunchResult:
@@ -322,6 +336,7 @@ class _Supervisor:
             best = self._best()
             if best >= self.policy.workers:
                 return self.policy.workers
+            self.pool.order(self.policy.workers)
             if waited >= self.policy.wait_for_nodes_s:
                 return best if best >= max(1, self.policy.min_workers) else None
             pause = min(LOOK_S, self.policy.wait_for_nodes_s - waited)

@@ -95,6 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--address",
         help="dashboard of a running Ray cluster; without it a local one is started, and stopped at the end",
     )
+    submit.add_argument(
+        "--no-wait", action="store_true", help="with --address: do not follow the job, `trimtab jobs` does later"
+    )
 
     config = command("config", _config, "Explain keys of the configuration.", "config optimizer.lr")
     config.add_argument("keys", nargs="*", metavar="KEY", help="a key or a section (default: all of them)")
@@ -117,8 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
     from launch.data_commands import add_data_commands
     from launch.eval_commands import add_eval_command
     from launch.generate_commands import add_generate_command
+    from launch.jobs_command import add_jobs_command
     from launch.runs_command import add_runs_command
 
+    add_jobs_command(command)
     add_runs_command(commands)
     add_generate_command(commands)
     add_eval_command(commands)
@@ -220,7 +225,7 @@ def _train(options: Any) -> int:
         return result.exit_code
     status = report_end(plan, result)
     if status == EXIT_OK and not options.no_summary:
-        _summarize(plan, say)
+        status = EXIT_OK if _summarize(plan, say) else EXIT_FAILED
     if options.json:
         from launch.summary import figures_of
 
@@ -261,7 +266,8 @@ def _already_done(plan: Any, say: Callable[[str], None], as_json: bool) -> int:
 SUMMARY_LIMIT = 200_000_000  # parameters: above this one process should not load the model unasked
 
 
-def _summarize(plan: Any, say: Callable[[str], None]) -> None:
+def _summarize(plan: Any, say: Callable[[str], None]) -> bool:
+    """Says how the run went; whether that worked."""
     from model.count import count_parameters
 
     total = count_parameters(plan.config.model).total
@@ -269,10 +275,15 @@ def _summarize(plan: Any, say: Callable[[str], None]) -> None:
         from launch.report import write_report
 
         say(f"report: {write_report(plan.run)} (no evaluation in one process: the model has {total:,} parameters)")
-        return
+        return True
+    if plan.launcher == "ray":
+        from launch.summary_process import summarize_apart
+
+        return summarize_apart(plan.run, say)
     from launch.summary import summarize_run
 
     summarize_run(plan.run, say)
+    return True
 
 
 def _submit(options: Any) -> int:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from data.dataset import Description, describe
@@ -61,6 +62,7 @@ def check(
     local_cluster: bool = False,
     mpi_size: int | None = None,
     insecure: bool = False,
+    elsewhere: bool = False,
 ) -> Plan:
     """Reads and checks a run.
 
@@ -72,13 +74,17 @@ def check(
         local_cluster: the Ray cluster will be started here, on this machine's cores.
         mpi_size: ranks that mpirun started.
         insecure: see `Plan`.
+        elsewhere: the run is submitted to a cluster whose storage may not be this machine's: what lies under a path is
+            left for the job to check.
 
     Raises:
         ConfigError: with every problem found.
     """
     problems: list[str] = []
     notes: list[str] = []
-    config, world_size, unreadable = checked_config(source, assignments, launcher, problems, notes, mpi_size)
+    config, world_size, unreadable = checked_config(
+        source, assignments, launcher, problems, notes, mpi_size, read_data=not elsewhere
+    )
     mixture = tuple(_absolute(path) for path in config.data.mixture)
     config = replace(config, data=replace(config.data, path=_absolute(config.data.path), mixture=mixture))
     if config.checkpoint.dir:
@@ -87,11 +93,16 @@ def check(
         problems += local_capacity_problems(config)
     if launcher in ("debug", "local"):
         problems += device_problems(config)
-    builtin, data = ("", None) if unreadable else _check_data(config, problems, notes)
-    if data is not None:
-        notes.append(_reusing(data))
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
-    done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes, builtin)
+    problems += passing_problems(folder, config)
+    builtin, data, done = "", None, False
+    if elsewhere:
+        notes.append(f"paths: data.path = {config.data.path} and the run {folder} are checked by the job there")
+    else:
+        builtin, data = ("", None) if unreadable else _check_data(config, problems, notes)
+        if data is not None:
+            notes.append(_reusing(data))
+        done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes, builtin)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     keys = tuple(accepted or ())
@@ -99,7 +110,14 @@ def check(
 
 
 def checked_config(
-    source: str, assignments: list[str], launcher: Launcher, problems: list[str], notes: list[str], mpi_size: int | None
+    source: str,
+    assignments: list[str],
+    launcher: Launcher,
+    problems: list[str],
+    notes: list[str],
+    mpi_size: int | None,
+    *,
+    read_data: bool = True,
 ) -> tuple[Config, int, bool]:
     """Reads a configuration and checks it as a whole, without looking at folders, devices or what the data holds.
 
@@ -108,6 +126,7 @@ def checked_config(
 
     Args:
         problems, notes: what is wrong and what was adapted is appended here.
+        read_data: whether data.path is looked at for weighted sources.
 
     Returns:
         The configuration as the launcher will run it, its number of ranks, and whether data.path names a folder of
@@ -116,7 +135,7 @@ def checked_config(
     found: list[str] = []
     config, unreadable = read(source, assignments, found), False
     try:
-        if bounds.can_be_compared(config.data):
+        if read_data and bounds.can_be_compared(config.data):
             config = replace(config, data=resolved(config.data))
     except DataError as error:  # said once; the configuration is still checked
         unreadable = True
@@ -141,6 +160,21 @@ def without(sentences: list[str], said: list[str]) -> list[str]:
     """Those sentences that do not name a key which was refused before: its value there is not the user's."""
     refused = {match[1] for text in said if (match := re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+) = ", text))}
     return [text for text in sentences if not any(re.search(rf"(?<![.\w]){key}(?!\w)", text) for key in refused)]
+
+
+def passing_problems(folder: Path, config: Config) -> list[str]:
+    """Whether the run or its checkpoints would lie in a folder that Ray makes for one job and removes when it likes."""
+    found = []
+    for name, key in ((str(folder), "--run"), (config.checkpoint.dir, "checkpoint.dir")):
+        if not name or is_remote(name):
+            continue
+        parts = Path(name).resolve().parts
+        if any(pair == ("runtime_resources", "working_dir_files") for pair in pairwise(parts)):
+            found.append(
+                f"{key} {name} lies in a folder that Ray made for this job's code and removes when it likes, with the "
+                f"checkpoints; give an absolute path on storage that stays, such as {key} /shared/runs/{folder.name}"
+            )
+    return found
 
 
 def local_capacity_problems(config: Config) -> list[str]:

@@ -127,11 +127,14 @@ def _ray(plan: Plan, entry: str, pool: "RayPool") -> Launch:
     from cluster import ray_actors
 
     log_dir = RunFolder(plan.run).logs
+    root = checkpoint_root(plan.config, RunFolder(plan.run))
+    shared = [root] if isinstance(root, Path) else []  # at an address, each rank writes there by itself
 
     def launch(generation: Generation, payload: dict, signals: StopSignals) -> LaunchResult:
         return ray_actors.run(
             entry, payload, pool.shape(generation.workers), log_dir=log_dir, ep_size=plan.config.parallel.ep_size,
             generation=generation.number, stop=signals.stop, pool=pool, leave=generation.leave,
+            shared=shared,
         )  # fmt: skip
 
     return launch
@@ -157,7 +160,7 @@ def _record_end(plan: Plan, result: LaunchResult, seconds: float) -> None:
     place = read_place(run.logs, generation, failure.rank if failure else None)
     run.event(
         "failure",
-        cause=cause_of(failure, place, NAMES) if failure else "refused",
+        cause=cause_of(failure, place, NAMES) if failure else ("node" if result.reason == "capacity" else "refused"),
         rank=failure.rank if failure else None,
         signal=failure.signal if failure else None,
         exception=failure.exception[0] if failure and failure.exception else None,

@@ -7,7 +7,8 @@
 #   launch/jobs/ray_cluster.sh submit CONFIG [key.path=value ...] [--run DIR]     on the head, follows the log
 #
 # The dashboard listens on the head's loopback only. From elsewhere: ssh -L 8265:127.0.0.1:8265 HEAD_HOST, then submit
-# there. Data and the run's folder have to lie on storage that all machines see. Ctrl-C during submit saves and stops.
+# there. Data and the run's folder have to lie on storage that all machines see. Ctrl-C during submit saves and stops;
+# a lost terminal, or --no-wait, leaves the job running, and `trimtab jobs JOB` follows it again.
 # TRIMTAB_RAY_TOKEN names the token's file; RAY_NODE_IP the address to use where a machine has several.
 set -euo pipefail
 
@@ -18,7 +19,10 @@ usage() {
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${TRIMTAB_BIN:-$root/.venv/bin}
-token=${TRIMTAB_RAY_TOKEN:-$HOME/.config/trimtab/ray-token}
+home=${HOME:-$(echo ~)} # without HOME, bash looks it up
+token=${TRIMTAB_RAY_TOKEN:-$home/.config/trimtab/ray-token}
+case $bin in /*) ;; *) bin=$PWD/$bin ;; esac
+case $token in /*) ;; *) token=$PWD/$token ;; esac # Ray's processes run in another folder
 port=${RAY_HEAD_PORT:-6379}
 dashboard=${RAY_DASHBOARD_PORT:-8265}
 grace=${TRIMTAB_STOP_GRACE_S:-90} # from the notice that a worker's machine goes until its Ray is ended
@@ -41,6 +45,19 @@ if [ -n "$(find "$token" -perm /077)" ]; then
     exit 2
 fi
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token RAY_USAGE_STATS_ENABLED=0
+export RAY_USAGE_STATS_REPORT_URL=http://127.0.0.1:9/ # nobody: a head whose reports are off reports just that
+unset RAY_ADDRESS RAY_API_SERVER_ADDRESS # of another cluster; here every address is given
+# Jobs find `python` on the PATH with which Ray was started: it has to be this project's.
+export PATH=$bin:$PATH
+# A web proxy cannot reach the dashboard on loopback, and would be sent the token (see cluster/web_proxies.py).
+direct=127.0.0.1,localhost,::1,127.0.0.0/8,169.254.169.254,metadata.google.internal
+export no_proxy=${no_proxy:-${NO_PROXY:-}}
+case $no_proxy in
+'*') ;;
+'') no_proxy=$direct ;;
+*) no_proxy=$no_proxy,$direct ;;
+esac
+export NO_PROXY=$no_proxy
 node_ip=()
 [ -z "${RAY_NODE_IP:-}" ] || node_ip=(--node-ip-address "$RAY_NODE_IP")
 
@@ -48,6 +65,19 @@ case $command in
 head)
     # A machine that vanishes is noticed after about 10 s instead of 30.
     export RAY_health_check_period_ms=2000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=4
+    (   # Ray's own "Next steps" are for other uses; these follow them. The loop ends with Ray, whose process this one becomes.
+        while grep -q '^State:[[:space:]]*[RSDTt]' "/proc/$$/status" 2>/dev/null; do
+            if (exec 3<>"/dev/tcp/127.0.0.1/$dashboard") 2>/dev/null; then
+                sleep 4
+                echo "ray_cluster.sh: the cluster is up. What next, instead of the steps that Ray prints:"
+                echo "  another machine:  launch/jobs/ray_cluster.sh worker ${RAY_NODE_IP:-$(uname -n)}    (with a copy of $token)"
+                echo "  a run, from here: launch/jobs/ray_cluster.sh submit debug --run /shared/runs/debug"
+                echo "  the dashboard:    http://127.0.0.1:$dashboard ; paste the content of $token when it asks for a token"
+                break
+            fi
+            sleep 0.5
+        done
+    ) &
     exec "$bin/ray" start --head --block --disable-usage-stats ${node_ip[@]+"${node_ip[@]}"} --port "$port" \
         --dashboard-host 127.0.0.1 --dashboard-port "$dashboard"
     ;;

@@ -142,11 +142,44 @@ def test_a_wait_that_runs_out_says_for_what(ray_cluster, tmp_path):
     (tmp_path / "pids").mkdir()
     first = Driver(ray_cluster, "work_until_stopped", {"pids": str(tmp_path / "pids")}, tmp_path)
     pids(tmp_path / "pids")  # both places are taken now
-    second = Driver(ray_cluster, "echo", {}, tmp_path / "second", start_timeout_s=2.0).finish()
-    assert second.code == 1 and second.kinds[0][1] == "start"
-    assert "waited 2 s for the placement group of worker [0, 1]" in second.error and "free are 0 CPU" in second.error
+    second = Driver(ray_cluster, "echo", {}, tmp_path / "second", start_timeout_s=4.0).finish()
+    assert second.code == 1 and second.kinds == [], "no rank has failed"
+    assert "waited 4 s for room for 2 workers: 0 of 2 workers now" in second.error and "free are 0 CPU" in second.error
+    assert "cluster.capacity_wait_s=" in second.error
+    assert "ray: pending, room for 0 of 2 workers now" in second.output and "others use the rest" in second.output
+    waiting = Driver(ray_cluster, "echo", {}, tmp_path / "third")
+    assert "ray: pending" in waiting.process.stdout.readline()
+    waiting.process.terminate()
+    waiting.finish()
+    assert waiting.code == 1 and waiting.error.startswith("stopped on request after"), waiting.error
+    queued = Driver(ray_cluster, "echo", {}, tmp_path / "fourth")
+    assert "ray: pending" in queued.process.stdout.readline()
     first.process.terminate()
     assert first.finish().code == 75
+    assert queued.finish().code == 0, "it got its turn"
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused_before_anything_starts(ray_cluster, tmp_path):
+    run = Driver(
+        ray_cluster, "echo", {}, tmp_path, options={"blind": True, "shared": [str(tmp_path / "ckpt")]}
+    ).finish()
+    assert run.code == 2 and run.kinds == []
+    assert f"does not see {tmp_path / 'ckpt'}: the driver on" in run.error and "storage that all nodes see" in run.error
+    seen = Driver(ray_cluster, "echo", {}, tmp_path, options={"shared": [str(tmp_path / "ckpt")]}).finish()
+    assert seen.code == 0 and list((tmp_path / "ckpt").iterdir()) == [], "the proof is gone"
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "127.0.0.1"])
+def test_an_address_of_another_kind_is_refused(ray_cluster, tmp_path, address):
+    run = Driver(ray_cluster, "echo", {}, tmp_path, environment={"RAY_ADDRESS": address}).finish()
+    assert run.code == 2 and f"RAY_ADDRESS = {address}" in run.error and "RAY_ADDRESS=127.0.0.1:6379" in run.error
+
+
+def test_a_cluster_of_another_version_is_refused_with_both(ray_cluster, tmp_path):
+    """Ray's own check is told that the cluster runs another version than it does."""
+    run = Driver(ray_cluster, "echo", {}, tmp_path, options={"ray_version": "2.55.1"}).finish()
+    assert run.code == 2 and run.kinds == []
+    assert "runs Ray 2.55.1 on Python" in run.error and "install ray==2.55.1 here" in run.error
 
 
 def test_output_comes_home_from_nodes_that_do_not_see_the_log_folder(ray_cluster, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.job_main import exit_line, find_exit_code
 from cluster.jobs import _Keeper
-from cluster.ray_actors import capacity_problem
+from cluster.ray_capacity import capacity_problem
 
 
 def wrapped(*command, **options):

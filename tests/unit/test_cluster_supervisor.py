@@ -1,5 +1,7 @@
 """What is tried again, how often, after which wait and in which size: launches, clock and nodes are made up."""
 
+import time
+
 import pytest
 
 from cluster.causes import Place
@@ -20,6 +22,7 @@ class Run:
     def __init__(self, script: list, policy: Policy, free: list[int] | None = None, legal=lambda limit: limit) -> None:
         self.script, self.stop, self.told, self.generations = script, StopFlag(), [], []
         self.waits: list[float] = []
+        self.ordered: list[int] = []
         self.free, self.now, self.committed, self.place = free, 100.0, 0, Place()
         around = Surroundings(
             committed=lambda: self.committed,
@@ -52,6 +55,9 @@ class Run:
 
     def leaving(self) -> str:
         return ""
+
+    def order(self, workers: int) -> None:
+        self.ordered.append(workers)
 
     def restarts(self) -> list[dict]:
         return [fields for kind, fields in self.told if kind == "restart"]
@@ -202,3 +208,36 @@ def test_a_failure_while_stopping_keeps_its_status_only_where_the_stop_took_too_
     slow = LaunchResult(1, [None], "late", (RankFailure(0, "timeout", "did not stop"),))
     assert Stopping([(slow, 5, 4)], POLICY).result.exit_code == 1
     assert Stopping([(killed(), 5, 4)], POLICY).result.exit_code == 75
+
+
+def test_a_save_that_never_succeeded_for_want_of_a_folder_is_not_tried_again() -> None:
+    message = "3 saves in a row have failed: [Errno 2] No such file or directory: '/runs/x/step.tmp/rank-00001'"
+    failure = RankFailure(1, "exception", message, exception=("FileNotFoundError", "OSError"))
+    failed = LaunchResult(1, [None] * 4, "no folder", (failure,))
+    run = Run([(failed, 6, 0), (LaunchResult(0, [{}] * 4), 9, 9)], POLICY)
+    assert (len(run.generations), run.result.exit_code, run.result.reason) == (1, 1, "storage")
+    assert "no save has succeeded" in run.result.error
+    run = Run([(failed, 6, 4), (LaunchResult(0, [{}] * 4), 9, 9)], POLICY)
+    assert len(run.generations) == 2, "a folder that was there may come back"
+
+
+def test_missing_workers_are_ordered_while_waiting_and_while_fewer_run() -> None:
+    failure = RankFailure(1, "node", "gone")
+    lost = LaunchResult(1, [None] * 4, "gone", (failure,))
+
+    class Watching(Run):
+        def launch(self, generation: Generation) -> LaunchResult:
+            if generation.number:
+                time.sleep(1.1)  # longer than LOOK_S
+                generation.leave()
+            return super().launch(generation)
+
+    run = Watching([(lost, 6, 4), (LaunchResult(0, [{}] * 2), 9, 9)], POLICY, free=[2])
+    assert [one.workers for one in run.generations] == [4, 2]
+    assert run.ordered[0] == 4 and run.ordered[-1] == 2
+
+
+def test_a_cluster_that_stayed_busy_is_not_asked_again_at_once() -> None:
+    busy = LaunchResult(1, [None] * 4, "the driver waited 120 s for room", reason="capacity")
+    run = Run([(busy, 0, 0)], POLICY)
+    assert (len(run.generations), run.result.reason) == (1, "capacity")
