@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -191,8 +190,9 @@ def test_a_job_outlives_its_terminal_and_is_followed_again(cluster, config, tmp_
 def test_a_run_in_the_folder_of_a_job_is_refused_and_no_wait_does_not_wait(cluster, config, tmp_path):
     """Through Ray's own command, as people use it, with a relative --run."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster["TRIMTAB_RAY_TOKEN"]}
-    environment = {**cluster, **token, "RAY_ADDRESS": cluster["address"], "RAY_API_SERVER_ADDRESS": ""}
-    environment["no_proxy"] = "127.0.0.1"
+    environment = {**cluster, **token, "RAY_ADDRESS": cluster["address"]}
+    for name in [name for name in environment if "proxy" in name.lower()] + ["NETRC", "RAY_API_SERVER_ADDRESS"]:
+        del environment[name]  # Ray's own command would heed them
     (tmp_path / "mine").mkdir()
     run_env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
     command = [
@@ -219,9 +219,3 @@ def test_a_run_in_the_folder_of_a_job_is_refused_and_no_wait_does_not_wait(clust
     while not list((tmp_path / "later" / "checkpoints").glob("step-*")):
         assert time.monotonic() < deadline, "the job did not run by itself"
         time.sleep(0.2)
-
-
-def test_loopback_is_where_the_head_listens(cluster):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))  # another address of this machine, on which no dashboard listens
-        assert probe.connect_ex(("127.0.0.2", int(cluster["RAY_DASHBOARD_PORT"]))) != 0
