@@ -223,7 +223,11 @@ def open_source(spec: str, licence: str | None = None, field: str = TEXT_FIELD) 
         path = local_path(spec.removeprefix("local://")).expanduser()
     except RuntimeError as error:  # ~name of nobody
         raise DataError(f"source {spec!r}: {error}; give the folder's whole path") from error
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a folder on the way may not be read, a name is too long
+        raise DataError(f"source {readable(path)}: cannot be read ({error.strerror}); fix its access") from error
+    if is_folder:
         files, not_taken, followed = walk(path)
         if not files:
             aside = f" (not taken: {not_taken})" if not_taken else ""
@@ -232,7 +236,7 @@ def open_source(spec: str, licence: str | None = None, field: str = TEXT_FIELD) 
             )
         licence = licence or _find_licence(name for name, _ in files)
         return Source(readable(path.resolve().name), licence, files, field, True, not_taken, followed)
-    if not path.is_file():
+    if not is_file:
         raise DataError(
             f"source {spec!r} is neither a built-in corpus ({', '.join(sorted(BUILTIN_CORPORA))}) nor an existing "
             f"folder or file"

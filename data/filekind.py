@@ -59,7 +59,7 @@ _MEDIA = frozenset([
 ])  # fmt: skip
 _ABOUT = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|(data|dataset|model)[_-]?card|dataset_infos?|dataset_dict|state|"
-    r"_success|(md5|sha1|sha256|sha512)sums?|checksums?)([._-][a-z0-9_-]+)*",
+    r"_success|_(common_)?metadata|(md5|sha1|sha256|sha512)sums?|checksums?)([._-][a-z0-9_-]+)*",
     re.IGNORECASE,
 )
 _ABOUT_SUFFIXES = frozenset(["", ".md", ".txt", ".rst", ".json", ".yaml", ".yml", ".cff", ".bib", ".html"])

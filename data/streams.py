@@ -79,6 +79,11 @@ def reading(file: Path | RemoteFile, where: str = "") -> Iterator[None]:
         raise DataError(
             f"{place_of(file)}{where}: cannot be read ({why}); fix its access, fetch it again or leave it out"
         ) from error
+    except Exception as error:
+        if isinstance(file, Path) or isinstance(error, DataError):
+            raise
+        # storage libraries have exceptions of their own, which fsspec does not always turn into an OSError
+        raise DataError(f"{place_of(file)}{where}: cannot be read ({error!r}); try again later") from error
 
 
 def _buffered(raw: Any) -> io.BufferedReader:

@@ -114,6 +114,8 @@ def test_notes_beside_data_are_no_documents(tmp_path: Path) -> None:
     assert documents == {"data/x.parquet:1": "a"}
     (left,) = source.left.reasons.values()
     assert left.names == ["LICENSE", "README.md", "dataset_infos.json"] and source.licence == "see LICENSE"
+    spark = {"_SUCCESS": b"", "_common_metadata": parquet([])[:-9], "part-0.snappy.parquet": parquet(["a"])}
+    assert set(read(write(tmp_path / "spark", spark))[0]) == {"part-0.snappy.parquet:1"}
     array = {"README.md": b"# card\n", "rows.json": b'[{"text": "a"}]', "doc/README.md": b"of the program\n"}
     assert set(read(write(tmp_path / "array", array))[0]) == {"rows.json:1", "doc/README.md"}
     code = {"README.md": b"# program\n", "LICENSE": b"free\n", "main.py": b"pass\n", "package.json": b'{"text": 1}'}
@@ -340,6 +342,26 @@ def test_damaged_files_end_in_one_sentence(tmp_path: Path, name: str, content: b
         with pytest.raises(DataError, match=message):
             packed(spec, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_storage_that_breaks_off_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFile
+
+    class PayloadError(Exception):
+        """Of a library of its own, as aiohttp's ClientPayloadError is."""
+
+    def broken(self: object, *_: object) -> bytes:
+        raise PayloadError("not enough data")
+
+    address = at_memory(write(tmp_path / "far", {"a.jsonl": rows("one")}), f"{tmp_path.name}/far")
+    monkeypatch.setattr(MemoryFile, "readinto", broken)
+    with pytest.raises(DataError, match=r"far/a\.jsonl: cannot be read \(PayloadError\('not enough data'\)\)"):
+        read(f"{address}/a.jsonl")
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read \\(File name too long\\)"):
+        open_source(str(tmp_path / ("x" * 300)))
 
 
 def test_a_damaged_page_of_parquet_is_named(tmp_path: Path) -> None:
