@@ -17,8 +17,13 @@ from data.tokenizer_files import END_OF_DOCUMENT, end_beside, find_end, read_tok
 if TYPE_CHECKING:
     import tokenizers
 
-# Words with their leading space or punctuation mark, digits by up to three, runs of symbols, line ends, indentation.
-_SPLIT = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Llama 3's expression (its tokenizer.json, published with the weights): English contractions, words with their leading
+# space or punctuation mark, digits by up to three, runs of symbols, line ends, indentation. llama.cpp knows it as
+# "llama-bpe". A tokenizer.json holds its own expression, so that data packed with another one is read as before.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 _BYTES_FORMAT, _FILE = "trimtab-bytes", "tokenizer.json"
 DEEPSEEK = "deepseek"
 DEEPSEEK_VOCABULARY = 129_280  # rows of DeepSeek-V3's embedding (its config.json); the tokenizer itself uses fewer

@@ -70,6 +70,34 @@ def test_end_tokens_are_left_out_and_broken_characters_replaced(tokenizer: Token
     assert ByteTokenizer().decode(half) == "\ufffd"
 
 
+def test_texts_are_split_as_llama_3_splits_them(bpe: HubTokenizer, tmp_path: Path) -> None:
+    """A file that was made with another expression keeps it."""
+    import json
+
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders
+
+    def split(content: str, text: str) -> list[str]:
+        splitter, decoder = Inner.from_str(content).pre_tokenizer, decoders.ByteLevel()
+        return [decoder.decode([piece]) for piece, _ in splitter.pre_tokenize_str(text)]
+
+    text = "I've 12345 DON'T x+=1;\n\n    y  (z)  \r\n"
+    assert split(bpe.to_json(), text) == [
+        "I", "'ve", " ", "123", "45", " DON", "'T", " x", "+=", "1", ";\n\n", "   ", " y", " ", " (", "z", ")",
+        "  \r\n",
+    ]  # fmt: skip
+    older = json.loads(bpe.to_json())
+    pattern = older["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    assert pattern["Regex"].startswith("(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|")
+    pattern["Regex"] = (
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    kept = load_tokenizer(tmp_path / "older.json")
+    assert split(kept.to_json(), "I've DON'T") == ["I", "'ve", " DON", "'T"] and kept.decode(kept.encode(text)) == text
+    assert split(kept.to_json(), "e\u0301a") == ["e\u0301a"] and split(bpe.to_json(), "e\u0301a") == ["e", "\u0301a"]
+
+
 def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json(), encoding="utf-8")
