@@ -18,7 +18,7 @@ from cluster.config import ClusterConfig
 from cluster.context import LaunchResult, RankContext, RankFailure
 from cluster.entry import encode, loopback_interface, prepare_environment, thread_count
 from cluster.flag import StopFlag
-from cluster.logs import LogTail, last_lines, rank_log
+from cluster.logs import LogTail, begin_log, last_lines, rank_log
 from cluster.monitor import hang_of, new_watch
 from cluster.outcome import conclude
 from cluster.process import signal_group
@@ -104,9 +104,8 @@ class _Gang:
     def start(self, entry: str, payload_text: str, generation: int) -> None:
         world_size = self.spec.workers
         threads = thread_count(self.spec.threads_per_worker, world_size)
-        first_log = rank_log(self.log_dir, 0)
-        offset = first_log.stat().st_size if generation and first_log.exists() else 0
-        self.tail = LogTail(first_log, offset)
+        begun = [begin_log(rank_log(self.log_dir, rank), rank, generation) for rank in range(world_size)]
+        self.tail = LogTail(rank_log(self.log_dir, 0), begun[0])
         for rank in range(world_size):
             context = RankContext(
                 rank=rank,
@@ -140,7 +139,7 @@ class _Gang:
             root = str(Path(__file__).resolve().parent.parent)
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
             environment["PYTHONUNBUFFERED"] = "1"
-            with open(rank_log(self.log_dir, rank), "ab" if generation else "wb") as log:
+            with open(rank_log(self.log_dir, rank), "ab") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "cluster.rank_process", str(spec_file)],
                     stdin=subprocess.PIPE,

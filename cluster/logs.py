@@ -2,19 +2,44 @@
 
 import faulthandler
 import os
+import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 
 from cluster.redact import guard_output, redact
 
 CHUNK_BYTES = 1 << 20
+_START = "--- start of rank "
 
 
 def rank_log(log_dir: Path, rank: int) -> Path:
     """The file that keeps everything a rank prints."""
     return Path(log_dir) / f"rank-{rank}.log"
+
+
+def begin_log(path: Path, rank: int, generation: int) -> int:
+    """Writes a line into a rank's log that says which start the following output is of; what is there stays.
+
+    Args:
+        generation: 0 for a launch, from 1 on its restarts.
+
+    Returns:
+        The file's size, where the output of this start begins.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
+        what = f"restart {generation}" if generation else "launch"
+        line = f"{_START}{rank}, {what}, {now}, by process {os.getpid()} on {host}\n"
+        os.write(fd, b"\n" * torn + line.encode())
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)
 
 
 class LogTail:
@@ -44,7 +69,7 @@ class LogTail:
 
 
 def last_lines(path: Path, count: int = 20) -> str:
-    """The end of a log for an error message, "" when there is nothing."""
+    """The end of a log for an error message, of the last start alone; "" when there is nothing."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
@@ -52,7 +77,9 @@ def last_lines(path: Path, count: int = 20) -> str:
             text = file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
-    return redact("\n".join(text.splitlines()[-count:]))
+    lines = text.splitlines()
+    starts = [place for place, line in enumerate(lines) if line.startswith(_START)]
+    return redact("\n".join(lines[starts[-1] + 1 if starts else 0 :][-count:]))
 
 
 def redirect_output(path: Path | str, append: bool) -> None:
@@ -62,7 +89,7 @@ def redirect_output(path: Path | str, append: bool) -> None:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if append else os.O_TRUNC), 0o644)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if append else os.O_TRUNC), 0o666)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

@@ -69,8 +69,6 @@ def start_monitor(watch: dict[str, Any] | None, context: RankContext) -> subproc
     path = _stacks_file(folder, context.rank)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not context.generation:
-            path.unlink(missing_ok=True)
         stacks = open(path, "a")  # noqa: SIM115 (stays open, for appending: the monitor writes to it as well)
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
         spec = {
@@ -215,7 +213,8 @@ class Monitor:
         """State, stack and whether the rank waits for others; see `Look`."""
         path, pid = _stacks_file(self.folder, self.rank), self.spec["pid"]
         with open(path, "a") as file:
-            file.write(f"--- generation {self.spec['generation']}, {where}, process {pid}\n")
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"--- {now}, generation {self.spec['generation']}, {where}, process {pid}\n")
         offset = path.stat().st_size
         if _is_stopped(pid):
             return "stopped", _spied(path, pid), False

@@ -17,7 +17,7 @@ from cluster.config import ClusterConfig
 from cluster.context import LaunchResult, RankContext
 from cluster.entry import encode, loopback_interface, prepare_environment, run_entry, thread_count
 from cluster.flag import StopFlag
-from cluster.logs import KeptOutput, rank_log
+from cluster.logs import KeptOutput, begin_log, rank_log
 from cluster.outcome import conclude
 from cluster.ports import PortHold, interface_of, own_address
 from cluster.process import kill_own_group, watch_parent
@@ -100,7 +100,8 @@ def run(
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         if hold:
             hold.hand_over()
-        with KeptOutput(rank_log(log_dir, rank), append=generation > 0, stream=rank == 0):
+        begin_log(rank_log(log_dir, rank), rank, generation)
+        with KeptOutput(rank_log(log_dir, rank), append=True, stream=rank == 0):
             report = run_entry(entry, text, context)
             if not report["ok"]:
                 print(report["error"], file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 from cluster.config import ClusterConfig
 from cluster.context import RankContext, RankFailure
 from cluster.entry import loopback_interface
-from cluster.logs import LogTail, last_lines, rank_log
+from cluster.logs import LogTail, begin_log, last_lines, rank_log
 from cluster.monitor import hang_of, new_watch
 from cluster.ray_capacity import bundles_of, make_group, wait_for_room
 from cluster.ray_nodes import is_gone
@@ -153,16 +153,14 @@ class Gang:
         n_nodes = 1 + max(seat.node_rank for seat in seats)
         host = "127.0.0.1" if n_nodes == 1 else self.workers[0].place["address"]
         [address] = self._get([self.workers[0].actor.hold_port.remote(host)], "the rendezvous port", ranked=True)
-        first_log = rank_log(self.log_dir, 0)
-        self._tail = LogTail(first_log, first_log.stat().st_size if generation and first_log.exists() else 0)
+        begun = [begin_log(rank_log(self.log_dir, rank), rank, generation) for rank in range(len(self.workers))]
+        self._tail = LogTail(rank_log(self.log_dir, 0), begun[0])
         begins = []
         for rank, (worker, seat) in enumerate(zip(self.workers, seats, strict=True)):
             context = self._context(rank, seat, n_nodes, address, generation)
             log = rank_log(self.log_dir, rank)
             if not worker.place["sees_logs"]:
                 worker.kept_log = log
-                if not generation:
-                    log.write_bytes(b"")
             where = "" if worker.kept_log else str(log)
             begins.append(
                 worker.actor.begin.remote(
@@ -171,7 +169,7 @@ class Gang:
                     context.to_json(),
                     self.spec.threads_per_worker,
                     where,
-                    generation > 0,
+                    True,
                     self.watch,
                 )
             )

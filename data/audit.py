@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from data.config import DataConfig
+from data.dataset import Dataset
 from data.errors import DataError
 from data.ledger import format_hash, hash_sequences
-from data.mixture import MixedPlan, open_data, plan_of
+from data.mixture import MixedDataset, MixedPlan, open_data, plan_of
+from data.orders import NAME as ORDERS
+from data.orders import Recorded, last_of, recorded
 from data.plan import Plan
 from data.weighted import resolved
 
@@ -32,6 +36,7 @@ class AuditReport:
         n_sequences: sequences of the committed history; n_skipped: sequences left out on purpose (skip ranges).
         epochs: (epoch, sequences consumed, sequences it has) of every epoch touched; of a mixture, the epochs of each
             source, "N of SOURCE".
+        notes: what is proven of a run whose settings of the data were changed, as sentences.
     """
 
     problems: tuple[str, ...]
@@ -42,6 +47,7 @@ class AuditReport:
     n_sequences: int
     n_skipped: int
     epochs: tuple[tuple[int | str, int, int], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -55,6 +61,7 @@ class AuditReport:
             *(f"  epoch {epoch}: {seen:,} of {there:,} sequences" for epoch, seen, there in self.epochs),
             f"  {self.n_replaced:,} steps undone by restarts or rollbacks and repeated, {self.n_skipped:,} sequences "
             f"skipped on purpose, {self.n_torn} half-written lines passed over",
+            *(f"  {note}" for note in self.notes),
             *(f"  problem: {problem}" for problem in self.problems[:_SHOWN]),
         ]
         if len(self.problems) > _SHOWN:
@@ -86,8 +93,38 @@ def audit_run(run: str | Path, data_path: str | Path | None = None) -> AuditRepo
     if data_path:
         moved = resolved(replace(config, path=str(data_path), mixture=()))
         config = moved if moved.mixture or not config.mixture else config
-    with open_data(config) as dataset:
-        return audit(text.splitlines(), plan_of(dataset, config, batch))
+    records = recorded(run / ORDERS)
+    with ExitStack() as stack:
+        dataset = _opened(config, stack)
+        opened: dict[str, Dataset | MixedDataset | str] = {dataset.fingerprint: dataset}
+
+        def rebuilt(digest: str) -> Plan | MixedPlan | str:
+            told = last_of(records, digest)
+            if told is None:
+                return f"nothing in {run / ORDERS} says what the order {digest} was"
+            if told.fingerprint not in opened:
+                opened[told.fingerprint] = _open_again(told, stack)
+            found = opened[told.fingerprint]
+            return found if isinstance(found, str) else told.rebuilt(found)
+
+        return audit(text.splitlines(), plan_of(dataset, config, batch), records, rebuilt)
+
+
+def _opened(config: DataConfig, stack: ExitStack) -> Dataset | MixedDataset:
+    dataset = open_data(config)
+    stack.callback(dataset.close)
+    return dataset
+
+
+def _open_again(told: Recorded, stack: ExitStack) -> Dataset | MixedDataset | str:
+    """The dataset of an order that is over, or why it is not at hand."""
+    try:
+        found = _opened(told.settings(), stack)
+    except DataError as error:
+        return str(error)
+    if found.fingerprint != told.fingerprint:
+        return f"{found.path} holds another dataset now"
+    return found
 
 
 def _frozen(value: Any) -> Any:
@@ -95,27 +132,125 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
-def audit(lines: Iterable[str], plan: Plan | MixedPlan) -> AuditReport:
-    """Audits a ledger's lines against a plan.
+Rebuilt = Callable[[str], "Plan | MixedPlan | str"]
+
+
+def audit(
+    lines: Iterable[str],
+    plan: Plan | MixedPlan,
+    records: Sequence[Recorded] = (),
+    rebuilt: Rebuilt | None = None,
+) -> AuditReport:
+    """Audits a ledger's lines against a plan, or against one after the other where the data's settings were changed.
 
     A line of step s undoes all earlier lines of steps >= s: that is what a restart from a checkpoint or a rollback did.
     What remains must be steps 1, 2, 3, ... without a gap; each step's ranges of order numbers must begin where the last
-    one's ended (skip ranges apart); and the hash that the ranks reported must be that of the plan's sequences.
+    one's ended (skip ranges apart), however many sequences a step has; and the hash that the ranks reported must be
+    that of the plan's sequences. Another order of the data begins at its first sequence, and is checked by itself.
+
+    Args:
+        plan: by the run's settings as they are now.
+        records: the orders that the run has followed, from orders.jsonl.
+        rebuilt: gives the plan of a recorded order by its digest, or a sentence that says why it is not at hand.
     """
     history, n_lines, n_torn, problems = _committed(lines)
-    n_skipped = 0
-    skipped = _skip_ranges(history)
-    expected_start = 0
-    digest = plan.digest()
-    ids_by_step: list[np.ndarray] = []
     for place, entry in enumerate(history, 1):
+        if entry["step"] != place:
+            problems.append(f"step {place} is missing, step {entry['step']} stands in its place")
+            history = history[: place - 1]
+            break
+    parts = _parts(history, plan, records, rebuilt, problems)
+    n_skipped, n_sequences, notes = 0, 0, []
+    epochs: list[tuple[int | str, int, int]] = []
+    for number, part in enumerate(parts, 1):
+        skipped, ids = _check_part(part, problems)
+        n_skipped += skipped
+        n_sequences += sum(len(own) for own in ids)
+        name = f"{part.digest} of steps {part.first} to {part.last}"
+        if part.plan is not None:
+            counted = list(_count_epochs(part.plan, ids, problems))
+            epochs += (
+                counted
+                if len(parts) == 1
+                else [(f"{epoch} of order {name}", seen, there) for epoch, seen, there in counted]
+            )
+        if len(parts) > 1:
+            begins = "" if number == 1 else "; it began at its first sequence, so text read before may be read again"
+            notes.append(f"order {name} was checked by itself{begins}")
+    return AuditReport(
+        problems=tuple(problems),
+        n_lines=n_lines,
+        n_steps=sum(len(part.entries) for part in parts),
+        n_replaced=n_lines - sum(len(part.entries) for part in parts),
+        n_torn=n_torn,
+        n_sequences=n_sequences,
+        n_skipped=n_skipped,
+        epochs=tuple(epochs),
+        notes=tuple(notes),
+    )
+
+
+@dataclass
+class _Part:
+    """Steps in a row whose order numbers go on from each other; `plan` is None where it cannot be rebuilt.
+
+    digest: of the last order. entries: (ledger line, its plan).
+    """
+
+    digest: str
+    plan: Plan | MixedPlan | None
+    entries: list[tuple[dict[str, Any], Plan | MixedPlan | None]]
+
+    @property
+    def first(self) -> int:
+        return int(self.entries[0][0]["step"])
+
+    @property
+    def last(self) -> int:
+        return int(self.entries[-1][0]["step"])
+
+
+def _parts(
+    history: Sequence[dict[str, Any]],
+    plan: Plan | MixedPlan,
+    records: Sequence[Recorded],
+    rebuilt: Rebuilt | None,
+    problems: list[str],
+) -> list[_Part]:
+    """The history cut where another order of the data began; appends every order that nothing explains."""
+    now, parts = plan.digest(), list[_Part]()
+    plans: dict[str, Plan | MixedPlan | None] = {now: plan}
+    before = ""
+    for entry in history:
+        digest, step = entry["plan"], entry["step"]
+        if digest not in plans:
+            found = rebuilt(digest) if rebuilt is not None and last_of(records, digest) is not None else None
+            plans[digest] = None if isinstance(found, str) else found
+            if found is None:
+                problems.append(f"step {step} followed the plan {digest}, the run's data and settings give {now}")
+                return parts
+            if isinstance(found, str):
+                problems.append(f"the steps from {step} on that followed the order {digest} are not proven: {found}")
+        told = [one for one in records if one.plan == digest and one.step == step - 1]
+        if before and digest != before and not told:
+            problems.append(
+                f"step {step} follows the order {digest} and step {step - 1} another; no change was accepted"
+            )
+            return parts
+        if not parts or (digest != before and not told[-1].exact):
+            parts.append(_Part(digest, plans[digest], []))
+        parts[-1].entries.append((entry, plans[digest]))
+        parts[-1].digest, parts[-1].plan, before = digest, plans[digest], digest
+    return parts
+
+
+def _check_part(part: _Part, problems: list[str]) -> tuple[int, list[np.ndarray]]:
+    """Appends what is wrong with steps in a row; returns the sequences left out, and the ids of each step."""
+    skipped = _skip_ranges([entry for entry, _ in part.entries])
+    n_skipped = expected_start = 0
+    ids_by_step: list[np.ndarray] = []
+    for entry, plan in part.entries:
         step = entry["step"]
-        if step != place:
-            problems.append(f"step {place} is missing, step {step} stands in its place")
-            break
-        if entry["plan"] != digest:
-            problems.append(f"step {step} followed the plan {entry['plan']}, the run's data and settings give {digest}")
-            break
         for start, stop in entry["ranges"]:
             if start != expected_start:
                 gap = _unskipped(expected_start, start, skipped)
@@ -126,23 +261,14 @@ def audit(lines: Iterable[str], plan: Plan | MixedPlan) -> AuditReport:
                 else:
                     n_skipped += start - expected_start
             expected_start = stop
-        ids = _ids(plan, entry["ranges"])
-        if len(ids) != entry["sequences"]:
-            problems.append(f"step {step} has {len(ids)} sequences in its ranges and says {entry['sequences']}")
-        if format_hash(hash_sequences(ids)) != entry["hash"]:
+        n = sum(stop - start for start, stop in entry["ranges"])
+        ids = np.empty(0, np.int64) if plan is None else _ids(plan, entry["ranges"])
+        if n != entry["sequences"]:
+            problems.append(f"step {step} has {n} sequences in its ranges and says {entry['sequences']}")
+        if plan is not None and format_hash(hash_sequences(ids)) != entry["hash"]:
             problems.append(f"step {step}: the ranks consumed other sequences than the plan's (hash {entry['hash']})")
         ids_by_step.append(ids)
-    epochs = tuple(_count_epochs(plan, ids_by_step, problems))
-    return AuditReport(
-        problems=tuple(problems),
-        n_lines=n_lines,
-        n_steps=len(history),
-        n_replaced=n_lines - len(history),
-        n_torn=n_torn,
-        n_sequences=sum(len(ids) for ids in ids_by_step),
-        n_skipped=n_skipped,
-        epochs=epochs,
-    )
+    return n_skipped, ids_by_step
 
 
 def _committed(lines: Iterable[str]) -> tuple[list[dict[str, Any]], int, int, list[str]]:

@@ -25,16 +25,21 @@ class Batches:
     Positions count the sequences that are read; order numbers also count the skipped ones.
 
     Attributes:
-        phases: at least one, the first at step 0 and position 0, steps rising.
+        phases: at least one, the first at position 0 and step `begins`, steps rising.
         skip_ranges: ranges (start, stop) of order numbers that are never read, rising and apart.
+        begins: the first step, 0 but where the steps before followed another order of the data.
     """
 
     phases: tuple[Phase, ...]
     skip_ranges: tuple[tuple[int, int], ...] = ()
+    begins: int = 0
 
     def __post_init__(self) -> None:
-        if not self.phases or self.phases[0][:2] != (0, 0) or any(phase.size < 1 for phase in self.phases):
-            raise DataError(f"batch phases {self.phases} must start at step 0, with at least one sequence a step")
+        if not self.phases or self.phases[0][:2] != (self.begins, 0) or any(phase.size < 1 for phase in self.phases):
+            raise DataError(
+                f"batch phases {self.phases} must start at step {self.begins}, position 0, with at least one "
+                "sequence a step"
+            )
         for before, after in zip(self.phases, self.phases[1:], strict=False):
             end = before.position + (after.step - before.step) * before.size
             if after.step <= before.step or after.position != end:
@@ -50,12 +55,17 @@ class Batches:
         """The same size throughout."""
         return cls((Phase(0, 0, global_batch_size),))
 
+    @classmethod
+    def beginning(cls, step: int, global_batch_size: int) -> Batches:
+        """An order that begins at its first number with `step`, since the steps before it followed another order."""
+        return cls((Phase(step, 0, global_batch_size),), begins=step)
+
     def then(self, step: int, global_batch_size: int) -> Batches:
         """The same batches before `step`, and another size from it on."""
         kept = tuple(phase for phase in self.phases if phase.step < step)
         if not kept:
-            return Batches((Phase(0, 0, global_batch_size),), self.skip_ranges)
-        return Batches((*kept, Phase(step, self.position(step), global_batch_size)), self.skip_ranges)
+            return Batches((Phase(self.begins, 0, global_batch_size),), self.skip_ranges, self.begins)
+        return Batches((*kept, Phase(step, self.position(step), global_batch_size)), self.skip_ranges, self.begins)
 
     def skipping(self, step: int, n_steps: int = 1) -> Batches:
         """The same batches without the sequences of `n_steps` steps from `step` on; what follows moves up."""
@@ -68,7 +78,7 @@ class Batches:
                 merged[-1] = (merged[-1][0], stop)
             else:
                 merged.append((first, stop))
-        return Batches(self.phases, tuple(merged))
+        return Batches(self.phases, tuple(merged), self.begins)
 
     def size(self, step: int) -> int:
         """Sequences in the global batch of a step."""
@@ -90,4 +100,6 @@ class Batches:
     def _phase(self, step: int) -> Phase:
         if step < 0:
             raise DataError(f"step {step} is negative; steps count from 0")
+        if step < self.begins:
+            raise DataError(f"step {step} is not of this order of the data, which begins at step {self.begins}")
         return max((phase for phase in self.phases if phase.step <= step), key=lambda phase: phase.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from data.batches import Batches, Phase
@@ -39,11 +40,11 @@ def make_cursor(plan: Plan | MixedPlan, batches: Batches, next_step: int) -> dic
     }
 
 
-def check_cursor(cursor: dict[str, Any], plan: Plan | MixedPlan) -> None:
-    """Checks that a cursor continues this plan.
+def changed_keys(cursor: Mapping[str, Any], plan: Plan | MixedPlan) -> dict[str, str]:
+    """What differs between a cursor's order and a plan: the identity's key -> a sentence.
 
     Raises:
-        DataError: it lacks a key, or names another dataset or order; the message lists every difference.
+        DataError: the cursor lacks a key.
     """
     missing = [
         key
@@ -53,20 +54,30 @@ def check_cursor(cursor: dict[str, Any], plan: Plan | MixedPlan) -> None:
     if missing:
         raise DataError(f"the data cursor lacks {', '.join(missing)}; it is not one of this program, resume elsewhere")
     here = {"mixture": [], **plan.identity()}
-    cursor = {"mixture": [], **cursor}
-    differing = [
-        f"{name} was {cursor[key]!r} and is {here[key]!r}" for key, name in _NAMES.items() if cursor[key] != here[key]
-    ]
+    there = {"mixture": [], **cursor}
+    return {
+        key: f"{name} was {there[key]!r} and is {here[key]!r}"
+        for key, name in _NAMES.items()
+        if there[key] != here[key]
+    }
+
+
+def check_cursor(cursor: dict[str, Any], plan: Plan | MixedPlan) -> None:
+    """Checks that a cursor continues this plan.
+
+    Raises:
+        DataError: it lacks a key, or names another dataset or order; the message lists every difference.
+    """
+    differing = changed_keys(cursor, plan)
     if differing:
         raise DataError(
-            f"the data cursor does not continue this order: {'; '.join(differing)}; give back the saved run's data "
-            f"and settings, or start a new run"
+            f"the data cursor does not continue this order: {'; '.join(differing.values())}; give back the "
+            "saved run's data and settings, or start a new run"
         )
 
 
-def batches_of(cursor: dict[str, Any]) -> Batches:
+def batches_of(cursor: Mapping[str, Any]) -> Batches:
     """The batch sizes and skipped ranges that a cursor has saved."""
-    return Batches(
-        tuple(Phase(*phase) for phase in cursor["phases"]),
-        tuple((int(start), int(stop)) for start, stop in cursor["skip_ranges"]),
-    )
+    phases = tuple(Phase(*phase) for phase in cursor["phases"])
+    skip_ranges = tuple((int(start), int(stop)) for start, stop in cursor["skip_ranges"])
+    return Batches(phases, skip_ranges, phases[0].step if phases else 0)

@@ -61,7 +61,7 @@ class ForeignStream:
         self._files = plain_tars(config.path)[0]
         self._seq_len, self._dp_rank, self._dp_size = config.seq_len, dp_rank, dp_size
         self._micro_batch_size = micro_batch_size
-        self._batches = Batches.constant(global_batch_size)
+        self.batches = self._batches = Batches.constant(global_batch_size)
         self._texts = self._read_texts()
         self._tokens = np.array([self.tokenizer.eod_id], np.int64)
         self._next_step: int | None = None
@@ -127,6 +127,10 @@ class ForeignStream:
             DataError: there is no place to continue from.
         """
         raise DataError(f"the run cannot be resumed at step {cursor.get('next_step')}; {NOT_RESUMABLE}")
+
+    def mix(self, step: int) -> int:
+        """Always 0: there is no curriculum."""
+        return 0
 
     def check_damage(self, total: int) -> int:
         """Always 0: nothing is checked."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.batches import Batches
 from data.config import DataConfig
 from data.dataset import Dataset, HeldoutDocument, Split, open_dataset
 from data.errors import DataError
@@ -105,9 +106,13 @@ class MixedPlan:
         """A short hash of the identity, 16 hex digits."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
+    def phase_of(self, number: int) -> int:
+        """The place, from 0, of the phase that an order number belongs to."""
+        return bisect_right(self._firsts, number) - 1
+
     def locate(self, number: int) -> tuple[int, int]:
         """The source of an order number, and the order number in that source's plan."""
-        place = bisect_right(self._firsts, number) - 1
+        place = self.phase_of(number)
         found = self._patterns[place]
         cycle, slot = divmod(number - self._firsts[place], CYCLE)
         source = int(found.sources[slot])
@@ -286,13 +291,22 @@ def open_data(config: DataConfig) -> Dataset | MixedDataset:
         raise
 
 
-def plan_of(dataset: Dataset | MixedDataset, config: DataConfig, global_batch_size: int) -> Plan | MixedPlan:
+def plan_of(
+    dataset: Dataset | MixedDataset,
+    config: DataConfig,
+    batches: int | Batches,
+    before: Sequence[Sequence[Any]] = (),
+    number: int | None = None,
+) -> Plan | MixedPlan:
     """The plan of opened data.
 
     Args:
         dataset: from `open_data`.
         config: the same section.
-        global_batch_size: turns the curriculum's steps into order numbers.
+        batches: turn the curriculum's steps into order numbers; the global batch size where it never changes.
+        before: the phases that the order had so far, as a cursor's `mixture` has them: what lies before `number` stays
+            as it was, and the counts of all sources go on.
+        number: the order number from which on `config` holds; None where `before` is all there is.
     """
     if isinstance(dataset, Dataset):
         return Plan.of(dataset, config)
@@ -300,5 +314,28 @@ def plan_of(dataset: Dataset | MixedDataset, config: DataConfig, global_batch_si
     plans = [Plan.of(source, config) for source in dataset.datasets]
     phases = [Phase(0, config.weights or (1.0,) * len(plans))]
     if config.curriculum:
-        phases = [Phase(int(step) * global_batch_size, tuple(weights)) for step, *weights in config.curriculum]
+        sizes = Batches.constant(batches) if isinstance(batches, int) else batches
+        by_number = {_position(sizes, int(step)): tuple(weights) for step, *weights in config.curriculum}
+        phases = [Phase(first, by_number[first]) for first in sorted(by_number)]
+    if before:
+        kept = [Phase(int(first), tuple(map(float, counts))) for first, *counts in before]
+        phases = kept if number is None else _gone_on(kept, number, phases)
     return MixedPlan(plans, phases, [str(source.path) for source in dataset.datasets])
+
+
+def _position(batches: Batches, step: int) -> int:
+    """Sequences read before a step; of a step before the order began, none."""
+    return batches.position(max(step, batches.begins))
+
+
+def _gone_on(before: Sequence[Phase], number: int, wanted: Sequence[Phase]) -> list[Phase]:
+    """Phases that are `before` below a number and `wanted` from it on; none is added where the weights stay.
+
+    Args:
+        before: with slots for weights, which are weights that give the same slots.
+    """
+    kept = [phase for phase in before if phase.first < number]
+    now = next(phase for phase in reversed(wanted) if phase.first <= number)
+    if not kept or slots(kept[-1].weights) != slots(now.weights):
+        kept.append(Phase(number, now.weights))
+    return [*kept, *(phase for phase in wanted if phase.first > number)]

@@ -203,7 +203,7 @@ def _status(path: Path) -> os.stat_result | None:
 def _claim(claim: Path, n_bytes: int) -> str:
     """Makes a claim of a shard's size; returns what proves it to be ours, empty where there is a claim already."""
     try:
-        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
         return ""
     token = uuid.uuid4().hex

@@ -166,19 +166,34 @@ class Stream:
             )
         return masked
 
-    def use(self, batches: Batches) -> None:
+    def use(self, batches: Batches, step: int = 0, plan: Plan | MixedPlan | None = None) -> None:
         """Takes other batch sizes or skipped ranges from now on; what was read ahead is read anew.
+
+        Args:
+            step: the next one; sizes that are over by then need not fit this number of ranks.
+            plan: another order of the same sequences, None for the same one.
 
         Raises:
             DataError: a size that cannot be dealt to the ranks.
         """
-        problems = check_sizes(self._plan.lanes, self._dp_size, batches, self._micro_batch_size)
+        problems = check_sizes(self._plan.lanes, self._dp_size, batches, self._micro_batch_size, step)
         if problems:
             raise DataError("; ".join(problems))
         for ahead in self._pending.values():
             ahead.cancel()
         self._pending.clear()
         self._batches = batches
+        self._plan = plan or self._plan
+
+    @property
+    def plan(self) -> Plan | MixedPlan:
+        """The order."""
+        return self._plan
+
+    def mix(self, step: int) -> int:
+        """The phase of the curriculum, from 0, that the last sequence of a step belongs to; 0 where there is none."""
+        phase_of = getattr(self._plan, "phase_of", None)
+        return 0 if phase_of is None else phase_of(int(self._batches.numbers(step)[-1]))
 
     def origins(self, sequences: Iterable[int], limit: int = 64) -> tuple[list[Origin], int]:
         """Shards and documents of sequences, see `data.provenance.origins`."""
@@ -243,8 +258,12 @@ class Stream:
                 f"step at sequence {here}; keep train.global_batch_size, or continue from the saved batches "
                 f"(data.cursor.batches_of) with `then(step, size)`"
             )
-        self._damage = [int(cursor.get("quarantined", 0)), 0]
+        self.continue_from(cursor)
         return step
+
+    def continue_from(self, cursor: dict[str, Any]) -> None:
+        """Takes over what a cursor counts besides its place: the sequences masked so far."""
+        self._damage = [int(cursor.get("quarantined", 0)), 0]
 
     def close(self) -> None:
         """Stops the background reading."""
@@ -279,7 +298,7 @@ class Stream:
         return list(map(MicroBatch._make, zip(*tensors, strict=True)))
 
 
-def check_sizes(lanes: int, dp_size: int, batches: int | Batches, micro_batch_size: int) -> list[str]:
+def check_sizes(lanes: int, dp_size: int, batches: int | Batches, micro_batch_size: int, step: int = 0) -> list[str]:
     """Every violated rule among lanes, ranks and batch sizes, for use before anything is started.
 
     Args:
@@ -287,6 +306,7 @@ def check_sizes(lanes: int, dp_size: int, batches: int | Batches, micro_batch_si
         dp_size: data-parallel ranks.
         batches: train.global_batch_size, or a Batches.
         micro_batch_size: train.micro_batch_size.
+        step: sizes that are over before it may be what they were.
     """
     found = []
     if lanes % dp_size:
@@ -294,7 +314,12 @@ def check_sizes(lanes: int, dp_size: int, batches: int | Batches, micro_batch_si
             f"data.lanes = {lanes} cannot be shared by {dp_size} data-parallel ranks; use a number of ranks that "
             f"divides it, or data.lanes = {lanes * dp_size}"
         )
-    sizes = (batches,) if isinstance(batches, int) else tuple(phase.size for phase in batches.phases)
+    sizes: tuple[int, ...]
+    if isinstance(batches, int):
+        sizes = (batches,)
+    else:
+        ends = [*(phase.step for phase in batches.phases[1:]), None]
+        sizes = tuple(phase.size for phase, end in zip(batches.phases, ends, strict=True) if end is None or end > step)
     for size in sizes:
         if size % (dp_size * micro_batch_size):
             found.append(

@@ -45,6 +45,10 @@ class Drift:
         self.on = rising and len(self._medians) == _RISES + 1 and ratio > 1 + self.least
         return ratio if self.on else None
 
+    def begin(self) -> None:
+        """Forgets all values: from now on another level is ordinary. A rise that was told of stays so until it ends."""
+        self._values, self._medians = [], []
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"values": self._values, "medians": self._medians, "on": self.on}

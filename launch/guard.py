@@ -19,6 +19,12 @@ LEAST_DRIFT = {"loss": 0.02, "gradient norm": 1.0}  # see drift.Drift
 _DRIFTS: dict[str, Kind] = {"loss": "loss_drift", "gradient norm": "norm_drift"}
 
 
+def ordinal(number: int) -> str:
+    """A number as a rank in English: 1st, 2nd, 3rd, 4th, 11th, 21st."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
 class TrainingDivergedError(RuntimeError):
     """Too many steps in a row had no finite loss or gradient, or going back did not help."""
 
@@ -60,6 +66,18 @@ class Guard:
         self.rollbacks = 0  # of the whole run: going back does not take it back
         self._weights: dict[str, float] = {}  # sizes at the first look
         self._grown: dict[str, int] = {}  # of which an alarm was raised -> at which step
+
+    def afresh(self) -> None:
+        """Compares with nothing that came before: the data's mix, its order or the rate are others from here on.
+
+        No spike, drift or drop is judged until there are enough new steps; what is not finite still is. The row of such
+        steps goes on.
+        """
+        for window in self._windows.values():
+            window.clear()
+        for drift in self._drifts.values():
+            drift.begin()
+        self._row["spike"] = 0
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """Judges one step.
@@ -105,8 +123,8 @@ class Guard:
         count = sum(self._row.values())
         went_back = f", after going back {self.rollbacks} times" if self.rollbacks else ""
         return TrainingDivergedError(
-            f"step {step + 1}: {verdict.reason}, for the {count}th step in a row{went_back}; go back to an earlier "
-            "checkpoint with a lower optimizer.lr, or find the first with train.finite_checks=true"
+            f"step {step + 1}: {verdict.reason}, for the {ordinal(count)} step in a row{went_back}; go back to an "
+            "earlier checkpoint with a lower optimizer.lr, or find the first with train.finite_checks=true"
         )
 
     def went_back(self) -> None:

@@ -253,7 +253,7 @@ def _extra(source: Path, folder: HfFolder, config: Config, state: SavedState | N
     """The checkpoint's manifest besides its tensors."""
     origin = {"folder": source.name, "model_type": folder.config["model_type"], "optimizer": state is not None}
     if state is not None:
-        told = {key: value for key, value in state.manifest.items() if key not in ("step", "config")}
+        told = {key: value for key, value in state.manifest.items() if key not in ("step", "config", "run")}
         return {**told, "config": asdict(config), "imported": origin}
     return {
         "weights_only": True,

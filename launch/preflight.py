@@ -3,9 +3,10 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from data.dataset import Description, describe
 from data.errors import DataError
@@ -24,8 +25,10 @@ from launch.config import (
     world_size_for,
 )
 from launch.devices import device_problems
-from launch.resume import differences, refused_changes, saved_config
+from launch.identity import standing
+from launch.resume import checkpoints_left, differences, refused_changes, saved_config
 from launch.run_tokenizer import training_problems
+from launch.schema import show
 from parallel.remote import is_remote
 
 
@@ -37,6 +40,7 @@ class Plan:
     done: the run has all its steps already.
     notes: sentences about what was adapted or reused, for people.
     insecure: the user takes a Ray cluster that asks nobody for a token.
+    changes: of a run that goes on, every key whose value is another than before, as key -> (old, new).
     """
 
     config: Config
@@ -49,6 +53,7 @@ class Plan:
     done: bool
     notes: tuple[str, ...]
     insecure: bool = False
+    changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
 def check(
@@ -95,6 +100,7 @@ def check(
         problems += device_problems(config)
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
     problems += passing_problems(folder, config)
+    changes: dict[str, tuple[Any, Any]] = {}
     builtin, data, done = "", None, False
     if elsewhere:
         notes.append(f"paths: data.path = {config.data.path} and the run {folder} are checked by the job there")
@@ -102,11 +108,11 @@ def check(
         builtin, data = ("", None) if unreadable else _check_data(config, problems, notes)
         if data is not None:
             notes.append(_reusing(data))
-        done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes, builtin)
+        done = _check_run(folder, config, resume, tuple(accepted or ()), data, problems, notes, builtin, changes)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     keys = tuple(accepted or ())
-    return Plan(config, folder, launcher, world_size, resume, keys, builtin, done, tuple(notes), insecure)
+    return Plan(config, folder, launcher, world_size, resume, keys, builtin, done, tuple(notes), insecure, changes)
 
 
 def checked_config(
@@ -284,16 +290,29 @@ def _check_run(
     problems: list[str],
     notes: list[str],
     builtin: str = "",
+    changes: dict[str, tuple[Any, Any]] | None = None,
 ) -> bool:
-    """Appends what is wrong with the run's folder; returns whether the run is complete."""
+    """Appends what is wrong with the run's folder, and its changed keys; returns whether the run is complete."""
     wrong = runfolder.problem(folder)
     if wrong:
         problems.append(wrong)
         return False
     try:
+        place = standing(folder, config, accepted)
+        if place.problem:
+            problems.append(place.problem)
+            return False
         saved = saved_config(folder, config)
+        left = checkpoints_left(folder, config) if saved is None else None
     except ConfigError as error:
         problems += error.problems
+        return False
+    notes += place.notes
+    if left is not None:
+        problems.append(
+            f"checkpoint.dir = {config.checkpoint.dir or folder / 'checkpoints'} holds no checkpoint of this run, "
+            f"whose newest is {left}; move or copy them there, go back to that place, or start afresh in another --run"
+        )
         return False
     if saved is None:
         if resume == "must":
@@ -327,6 +346,10 @@ def _check_run(
             notes.append(f"run: these keys differ from the run's and were not used: {', '.join(unused)}")
         return True
     notes.append(f"run: resuming from {saved.newest}")
+    found = differences(saved.config, config)
+    notes += [f"run: {key} was {show(old)} and is {show(new)} from here on" for key, (old, new) in found.items()]
+    if changes is not None:
+        changes |= found
     return False
 
 

@@ -9,7 +9,7 @@ from launch.config import Config, ConfigError, from_tables, read
 from launch.runfolder import RunFolder
 from launch.schema import show
 from launch.telemetry import dotted
-from parallel.roots import Root, is_address, quickly, readable, root_of, step_of
+from parallel.roots import Root, quickly, readable, root_of, step_of
 
 # Sections and keys that decide the model, the order of the data or the size of the step.
 _FIXED_SECTIONS = ("model",)
@@ -48,8 +48,8 @@ def checkpoint_root(config: Config, run: RunFolder) -> Root:
 def saved_config(folder: Path, config: Config) -> SavedRun | None:
     """The run in `folder`, or None when it has no committed checkpoint.
 
-    One that a crash left between two renames counts: the run will put it back. Where checkpoints lie at an address, and
-    this machine has not seen the run yet, the newest one tells the configuration.
+    One that a crash left between two renames counts: the run will put it back. Where the folder is not a run yet, and
+    its place for checkpoints has some, the newest one tells the configuration.
 
     Raises:
         ConfigError: its config.toml cannot be read, or the address does not answer.
@@ -58,7 +58,7 @@ def saved_config(folder: Path, config: Config) -> SavedRun | None:
     root = checkpoint_root(config, run)
     try:
         found = readable(quickly(root))
-        if not found or (not run.is_run() and not is_address(root)):
+        if not found:
             return None
         if not run.is_run():
             return SavedRun(from_tables(json.loads((found[-1] / "manifest.json").read_text())["config"]), found[-1])
@@ -69,6 +69,26 @@ def saved_config(folder: Path, config: Config) -> SavedRun | None:
     if problems:
         raise ConfigError([f"{run.config}: {problem}" for problem in problems])
     return SavedRun(saved, found[-1])
+
+
+def checkpoints_left(folder: Path, config: Config) -> Root | None:
+    """The newest checkpoint that a run has in the place that it kept them in before, where that is another one now.
+
+    Raises:
+        ConfigError: its config.toml cannot be read, or the address does not answer.
+    """
+    run = RunFolder(folder)
+    if not run.is_run():
+        return None
+    before = read(str(run.config), [], [])
+    root = checkpoint_root(before, run)
+    if str(root) == str(checkpoint_root(config, run)):
+        return None
+    try:
+        found = readable(quickly(root))
+    except OSError as error:
+        raise ConfigError([f"checkpoint.dir was {before.checkpoint.dir}: {error}"]) from error
+    return found[-1] if found else None
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -102,7 +102,7 @@ class JsonLines:
 
     def _open(self) -> int:
         if self._fd is None:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             _cut_torn_line(self._fd)
         return self._fd
 
@@ -169,7 +169,7 @@ class RunFolder:
 
     Making the object touches nothing on disk; ``create`` does. Attributes ``config, metrics_path, events_path,
     ledger_path, faults_path, tensorboard, checkpoints, logs, report, coactivation`` are paths, ``metrics, events,
-    ledger`` the append-only files.
+    ledger, orders`` the append-only files; ``orders`` has a line for each order of the data, see `data.orders`.
     """
 
     def __init__(self, path: str | Path):
@@ -187,6 +187,7 @@ class RunFolder:
         self.metrics = JsonLines(self.metrics_path)
         self.events = JsonLines(self.events_path)
         self.ledger = JsonLines(self.ledger_path)
+        self.orders = JsonLines(self.path / "orders.jsonl")
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -259,7 +260,7 @@ class RunFolder:
                 yield json.loads(file.readline())
 
     def close(self) -> None:
-        for file in (self.metrics, self.events, self.ledger):
+        for file in (self.metrics, self.events, self.ledger, self.orders):
             file.close()
 
 
@@ -306,7 +307,9 @@ def problem(path: str | Path) -> str | None:
             return f"run folder {path} is a file; give another --run, or move the file away"
         if RunFolder(path).is_run():
             return None if os.access(path, os.W_OK) else f"run folder {path} is not writable; give another --run"
-        others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        others = sorted(
+            entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "identity.json"
+        )
         if others:
             return (
                 f"run folder {path} is not a run: it has no config.toml but holds {', '.join(others[:3])}"

@@ -25,7 +25,7 @@ class Sections:
         folder.mkdir(parents=True, exist_ok=True)
         self.generation = generation
         self._now: tuple[str, int | None] = ("start", None)
-        self._fd = os.open(section_file(folder, rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = os.open(section_file(folder, rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def mark(self, section: str, step: int | None = None) -> None:
         """Notes that a section begins. step: 1-based, None before the first. A full disk does not matter here."""

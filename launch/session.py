@@ -4,6 +4,7 @@ import base64
 import json
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from launch.around import in_section
 from launch.config import Config
 from launch.drills import Faults
 from launch.feed import Feed, open_feed
+from launch.going_on import record_order, take_up_data, tell_rate
 from launch.guard import Guard, Verdict
 from launch.heldout import Heldout, open_heldout
 from launch.rebalance import Rebalancer
@@ -38,6 +40,7 @@ from parallel.balance import Balancer
 from parallel.engine import Engine, PlainEngine
 from parallel.exchange import make_exchange
 from parallel.gradient_watch import GradientWatch
+from parallel.ownership import Identity
 from parallel.ranks import Ranks
 from parallel.roots import Root, committed, step_of
 from parallel.saver import Saver
@@ -69,6 +72,7 @@ class Session:
     masked: int = 0  # sequences masked because a sample was damaged, all ranks
     faults: Faults = field(default_factory=Faults)
     sections: Sections | None = None
+    identity: Identity | None = None  # of the run; None where nobody asks, in benchmarks
     speed: SpeedWatch = field(default_factory=SpeedWatch)
 
     @property
@@ -127,6 +131,7 @@ class Session:
             "alarms": self.alarms.state(),
             "guard": self.guard.state(),
             "config": asdict(self.config),
+            **({"run": {"id": self.identity.id, "folder": self.identity.folder}} if self.identity else {}),
             **self.placement.manifest(table),
         }
         moves = not last and self.placement.moves(table)
@@ -149,17 +154,17 @@ class Session:
             self.balancer.raise_rate(self.engine.optimizer_steps)
         return found
 
-    def resume(self, mode: str, accepted: list[str]) -> int:
+    def resume(self, mode: str, accepted: list[str], orders_before: int | None = None) -> int:
         """Loads the newest readable checkpoint and returns its step; 0 when there is none and `mode` allows that.
 
         Args:
             mode: `auto` goes back to an older checkpoint when the newest is damaged, and says so; `must` takes the
                 newest or fails; `never` starts afresh.
-            accepted: configuration keys whose change the user accepted; a changed data order starts where the step
-                lies in the new order.
+            accepted: configuration keys whose change the user accepted. orders_before: see `going_on.take_up_data`.
 
         Raises:
             CheckpointError: nothing readable where something must be.
+            DataError: the data is not the saved run's, and that was not accepted.
         """
         found = [] if mode == "never" else self._committed()
         errors = []
@@ -172,11 +177,12 @@ class Session:
                 errors.append(str(error))
                 self.telemetry.event("fault", cause=f"checkpoint not readable: {error}", path=str(path))
                 continue
-            told = manifest["cursor"] is not None  # an imported model has no place in any data
-            if told and not any(key.startswith("data.") or key == "train.global_batch_size" for key in accepted):
-                self._skip_as_saved(manifest["cursor"])
-                self.stream.check_cursor(manifest["cursor"])
+            if manifest["cursor"] is not None:  # an imported model has no place in any data
+                take_up_data(self, manifest["cursor"], accepted, orders_before)
+            else:
+                record_order(self, manifest["step"], exact=True)
             self.telemetry.rewind(manifest["step"], cause=f"resume from {path.name}")
+            tell_rate(self, manifest)
             return manifest["step"]
         if errors or mode == "must":
             detail = "; ".join(errors) or f"there is none in {self.checkpoints}"
@@ -184,6 +190,7 @@ class Session:
                 f"no readable checkpoint to resume from: {detail}; give another --run to start afresh"
             )
         self.telemetry.rewind(0, cause="no checkpoint yet: starting from step 0")
+        record_order(self, 0, exact=True)
         return 0
 
     def go_back(self, verdict: Verdict, step: int) -> int:
@@ -210,9 +217,15 @@ class Session:
         target = int(self._load(path)["step"])
         self.guard.rollbacks = rollbacks
         self.guard.went_back()
-        stream.use(skipping)
+        size, exact = self.config.train.global_batch_size, True
+        if target < skipping.begins:  # the checkpoint is of another order of the data: this one begins here instead
+            skipping, exact = Batches(Batches.beginning(target, size).phases, skipping.skip_ranges, target), False
+        elif skipping.size(target) != size:  # or of another batch size
+            skipping = skipping.then(target, size)
+        stream.use(skipping, target)
+        record_order(self, target, exact)
         if self.ranks.dp.rank == 0:
-            retention.prune(self.checkpoints, 0, target)
+            retention.prune(self.checkpoints, 0, target, owns=_owns(self.identity))
         self.ranks.dp.barrier()
         self.telemetry.event(
             "rollback", cause=verdict.reason, step=target, from_step=step + 1, first_skipped=verdict.first + 1,
@@ -251,7 +264,7 @@ class Session:
 
     def _load(self, path: Root) -> dict[str, Any]:
         """Takes a checkpoint's state, but for its place in the data; collective. Raises: CheckpointError everywhere."""
-        saved = checkpoint.open_together(path, self.ranks.dp)
+        saved = checkpoint.open_together(path, self.ranks.dp, self.identity)
         self.placement.start(saved.manifest)
         manifest = checkpoint.load(saved, self.engine, self.biases, self.ranks.dp)
         self.tokens = manifest["tokens"]
@@ -260,12 +273,6 @@ class Session:
         self.guard.load_state(manifest.get("guard", {}))
         _restore_random_state(manifest["random_states"], self.ranks.dp.rank, self.ranks.dp.size, self.device)
         return manifest
-
-    def _skip_as_saved(self, cursor: dict[str, Any]) -> None:
-        """Leaves out what the saved run left out, after it had gone back."""
-        if isinstance(self.stream, Stream) and cursor.get("skip_ranges"):
-            ranges = tuple((int(start), int(stop)) for start, stop in cursor["skip_ranges"])
-            self.stream.use(Batches(self.stream.batches.phases, ranges))
 
     def close(self) -> None:
         """Ends background work and closes files."""
@@ -285,6 +292,7 @@ def assemble(
     plain: bool = False,
     faults: Faults | None = None,
     sections: Sections | None = None,
+    identity: Identity | None = None,
 ) -> Session:
     """Builds one rank's session; collective.
 
@@ -292,7 +300,7 @@ def assemble(
         plain: torch's AdamW instead of DeepSpeed (debug launcher).
         local_rank: place on the node, for DeepSpeed.
         stop: set when a graceful stop was asked for.
-        faults: drills of this rank. sections: where its place is noted.
+        faults: drills of this rank. sections: where its place is noted. identity: of the run; rank 0's counts.
     """
     faults = faults or Faults()
     exchange = faults.wrap(make_exchange(config.parallel, ranks))
@@ -329,14 +337,18 @@ def assemble(
     keeping = config.checkpoint
     saver = Saver(
         checkpoint_root(config, run), engine, biases, ranks.dp, keep=keeping.keep,
-        keep_every_steps=keeping.keep_every_steps, timeout_s=keeping.timeout_s,
+        keep_every_steps=keeping.keep_every_steps, timeout_s=keeping.timeout_s, owns=_owns(identity),
     )  # fmt: skip
     return Session(
         config, run, ranks, device, model, engine, balancer, biases, feed, telemetry, Guard(config.guard), alarms,
         placement, stop, Saves(keeping, saver, telemetry), watch,
-        open_heldout(config, feed, ranks.dp, device), faults=faults, sections=sections,
+        open_heldout(config, feed, ranks.dp, device), faults=faults, sections=sections, identity=identity,
         speed=open_watch(config.telemetry, ranks, engine, device, placement, telemetry, on=not plain),
     )  # fmt: skip
+
+
+def _owns(identity: Identity | None) -> Callable[[str], bool]:
+    return retention.everybody if identity is None else identity.owns
 
 
 def build_engine(

@@ -12,8 +12,11 @@ from cluster.causes import cause_of, first_cause
 from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
 from cluster.signals import StopSignals
 from cluster.supervisor import Generation
+from data.orders import NAME as ORDERS
+from data.orders import recorded
 from launch.accounting import in_words, read_account, record_account
 from launch.config import dump
+from launch.identity import take_place
 from launch.lock import only_driver
 from launch.preflight import Plan, pack_if_needed
 from launch.resume import checkpoint_root
@@ -52,7 +55,8 @@ def start(
         began: time.monotonic() when the command began, for the account of its time; None is now.
 
     Raises:
-        ConfigError: another process is training into the same folder.
+        ConfigError: another process is training into the same folder, or another run keeps its checkpoints in
+            this one's place.
     """
     began = time.monotonic() if began is None else began
     first = is_first(plan.launcher)
@@ -63,6 +67,7 @@ def start(
 def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, Any], began: float) -> LaunchResult:
     for note in plan.notes if first else ():
         say(note)
+    identity = take_place(plan.run, plan.config, plan.accepted) if first else None
     if first:
         pack_if_needed(plan, say)
         run = RunFolder(plan.run)
@@ -72,12 +77,18 @@ def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, 
             say(told)
         before = round(time.monotonic() - began, 3)
         run.event("launch", cause=cause, launcher=plan.launcher, workers=plan.world_size, seconds_before=before)
+        if plan.changes:
+            told = {key: {"old": old, "new": new} for key, (old, new) in plan.changes.items()}
+            cause = f"resumed with other settings: {', '.join(told)}"
+            run.event("change", cause=cause, keys=told, accepted=plan.accepted)
         run.close()
     payload = {
         "config": asdict(plan.config),
         "run": str(plan.run),
         "resume": plan.resume,
         "accepted": list(plan.accepted),
+        "orders_before": len(recorded(plan.run / ORDERS)),
+        "identity": identity.table() if identity else None,
         "cause": cause,
         **extra,
     }

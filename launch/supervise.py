@@ -124,17 +124,20 @@ def keep_samples(config: Config, run: RunFolder, place: Place) -> str:
     """
     if place.step is None or place.is_starting or config.data.mode == "stream":
         return ""
-    from data.cursor import batches_of
-    from data.mixture import open_data, plan_of
+    from data.mixture import MixedPlan, open_data, plan_of
+    from data.orders import go_on
+    from data.plan import Plan
     from data.provenance import origins
 
     dataset, cursor = open_data(config.data), _saved_cursor(checkpoint_root(config, run))
     try:
-        plan, batch_size = plan_of(dataset, config.data, config.train.global_batch_size), config.train.global_batch_size
+        batch_size = config.train.global_batch_size
         if cursor is None:
+            plan: Plan | MixedPlan = plan_of(dataset, config.data, batch_size)
             ids = plan.batch(place.step - 1, batch_size)
         else:  # it knows which ranges were skipped
-            ids = plan.sequence_ids(batches_of(cursor).numbers(place.step - 1))
+            order = go_on(dataset, config.data, batch_size, cursor)
+            plan, ids = order.plan, order.plan.sequence_ids(order.batches.numbers(place.step - 1))
         documents, n_documents = origins(dataset, plan, ids.tolist(), limit=4096)
     finally:
         dataset.close()

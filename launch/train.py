@@ -63,6 +63,11 @@ def train(session: Session, first_step: int) -> dict:
         sums = stats.reduce(ranks.dp, own_seconds=session.speed.clock.take(), traffic=ranks.ep.traffic.reset())
         session.speed.clock.mark("optimizer")
         loss = sums.losses[0] / max(1, agreed.targets[0])
+        if step and session.stream.mix(step) != session.stream.mix(max(step - 1, session.stream.batches.begins)):
+            session.guard.afresh()
+            session.telemetry.event(
+                "mix", cause="the curriculum changes the mix of the data here: the guard compares afresh", step=step + 1
+            )
         verdict = session.guard.judge(step, loss, engine.grad_norm())  # the same on every rank
         lr = learning_rate(config.optimizer, engine.optimizer_steps, config.train.steps)
         bias_rate = balancer.rate(engine.optimizer_steps)

@@ -18,6 +18,7 @@ from launch.sections import Sections
 from launch.session import Session, assemble
 from launch.start_facts import in_words, start_facts
 from launch.train import tell_data, train
+from parallel.ownership import Identity
 from parallel.ranks import Ranks, choose_device, join_process_group, process_ranks, single_rank, virtual_ranks
 from parallel.threads import run_virtual_ranks
 
@@ -30,6 +31,7 @@ def main(context: RankContext, payload: dict[str, Any], prepare: Prepare | None 
     Args:
         context: the rank's place.
         payload: config (tables), run (path), resume (auto, must, never), accepted (changed keys the user accepts),
+            identity (of the run, see `launch.identity`; rank 0's counts),
             cause (why the run was started, for events.jsonl), and for a restart recovery (why and when the generation
             before it ended, see `cluster.supervisor`).
         prepare: called with the session before the first step; for benchmarks, which put their timers around it.
@@ -98,7 +100,7 @@ def _train(
     entered = time.time()
     session = assemble(
         config, run, ranks, device, context.stop, local_rank=context.local_rank, plain=plain, faults=faults,
-        sections=sections,
+        sections=sections, identity=Identity.of(payload["identity"]) if payload.get("identity") else None,
     )  # fmt: skip
     try:
         layout = ranks.layout
@@ -120,7 +122,7 @@ def _train(
             session.telemetry.note(in_words(facts))
         loading = time.time()
         session.at("load")
-        first_step = session.resume(payload["resume"], payload["accepted"])
+        first_step = session.resume(payload["resume"], payload["accepted"], payload.get("orders_before"))
         if first_step:
             session.telemetry.event("resume", cause="newest committed checkpoint", step=first_step)
         if payload.get("recovery"):

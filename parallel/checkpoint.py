@@ -26,6 +26,7 @@ from model.naming import pieces
 from model.slots import local_experts
 from parallel.communicator import Communicator
 from parallel.engine import Engine, StateShard
+from parallel.ownership import Identity, run_id
 from parallel.roots import Root, committed, step_folder, step_of
 from parallel.safetensors_file import SafetensorsReader, file_size, sha256
 
@@ -71,13 +72,25 @@ def open_checkpoint(path: Root) -> Saved:
     return Saved(path, manifest["step"], manifest)
 
 
-def open_together(path: Root, communicator: Communicator) -> Saved:
-    """`open_checkpoint`, collective. Raises: CheckpointError on every rank when any rank cannot read it."""
+def open_together(path: Root, communicator: Communicator, identity: Identity | None = None) -> Saved:
+    """`open_checkpoint`, collective.
+
+    Args:
+        identity: of the run that the checkpoint has to be of; only one rank needs to know it.
+
+    Raises:
+        CheckpointError: on every rank, when any rank cannot read it, or it is another run's.
+    """
     wrong, saved = [], None
     try:
         saved = open_checkpoint(path)
     except CheckpointError as error:
         wrong = [f"rank {communicator.rank}: {error}"]
+    if saved is not None and identity is not None and not identity.owns(run_id(saved.manifest)):
+        told = saved.manifest["run"]
+        wrong = [
+            f"{path} is a checkpoint of another run: {told.get('folder')} (id {told['id']}), not of the {identity}"
+        ]
     _refuse_together(wrong, communicator)
     assert saved is not None
     return saved

@@ -1,9 +1,10 @@
-"""Which checkpoints stay: the newest few and every so-manieth step; and what a crash in the middle left behind."""
+"""Which checkpoints stay: the newest few and every n-th step; and what a crash in the middle left behind."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from parallel.ownership import run_id_at
 from parallel.remote import RemotePath
 from parallel.roots import Root, aside, committed, drafts, step_of
 from parallel.saving import Hook, no_hook, remove_drafts
@@ -22,7 +23,19 @@ def kept_steps(steps: Iterable[int], keep: int, keep_every_steps: int = 0) -> se
     return {step for step in ordered if step in newest or (keep_every_steps > 0 and step % keep_every_steps == 0)}
 
 
-def prune(root: Root, keep: int, newest: int, keep_every_steps: int = 0, hook: Hook = no_hook) -> list[Root]:
+def everybody(run_id: str) -> bool:
+    """Every checkpoint is one's own."""
+    return True
+
+
+def prune(
+    root: Root,
+    keep: int,
+    newest: int,
+    keep_every_steps: int = 0,
+    hook: Hook = no_hook,
+    owns: Callable[[str], bool] = everybody,
+) -> list[Root]:
     """Deletes what a run needs no more, just after it saved; returns what went, oldest first.
 
     Besides what `kept_steps` gives up, these go: drafts that a dead run left, and checkpoints of later steps. The
@@ -32,6 +45,7 @@ def prune(root: Root, keep: int, newest: int, keep_every_steps: int = 0, hook: H
     Args:
         newest: the step that was just saved.
         hook: told of `cleanup` before anything is deleted.
+        owns: whether a checkpoint of the run with this id may be deleted; those of others stay and do not count.
 
     Raises:
         OSError: something could not be deleted; what is left is a checkpoint still, or is not one any more.
@@ -39,8 +53,16 @@ def prune(root: Root, keep: int, newest: int, keep_every_steps: int = 0, hook: H
     hook("cleanup")
     remove_drafts(drafts(root))
     found = {step_of(path): path for path in committed(root)}
-    kept = kept_steps([step for step in found if step <= newest], keep, keep_every_steps)
-    gone = [path for step, path in found.items() if step not in kept]
+    known: dict[int, bool] = {}  # step -> whether it is one's own; only manifests that matter are read
+    while True:
+        own = [step for step in found if known.get(step, True)]
+        kept = kept_steps([step for step in own if step <= newest], keep, keep_every_steps)
+        asked = {step for step in own if step not in kept} | set(sorted(kept)[-keep:] if keep > 0 else ())
+        new = [] if owns is everybody else [step for step in asked if step not in known]
+        known |= {step: owns(run_id_at(found[step])) for step in new}
+        if all(known[step] for step in new):
+            break
+    gone = [found[step] for step in own if step not in kept]
     remove(gone)
     return gone
 

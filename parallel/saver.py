@@ -96,6 +96,7 @@ class Saver:
         communicator: all ranks.
         keep, keep_every_steps: see `retention.kept_steps`.
         timeout_s: the longest wait for a save.
+        owns: whether a checkpoint of the run with this id may be replaced or deleted.
     """
 
     def __init__(
@@ -108,8 +109,10 @@ class Saver:
         keep: int,
         keep_every_steps: int = 0,
         timeout_s: float = 1800.0,
+        owns: Callable[[str], bool] = retention.everybody,
     ) -> None:
         self.root, self.engine, self.biases, self.communicator = root, engine, biases, communicator
+        self.owns = owns
         self.keep, self.keep_every_steps, self.timeout_s = keep, keep_every_steps, timeout_s
         self._buffer = HostBuffer()
         self._save: _Save | None = None
@@ -227,11 +230,11 @@ class Saver:
 
         def work() -> dict[str, Any]:
             try:
-                saving.publish(save.draft, final, saving.manifest(save.step, reports, save.extra), save.hook)
+                saving.publish(save.draft, final, saving.manifest(save.step, reports, save.extra), save.hook, self.owns)
             except OSError as error:
                 return {"error": f"rank 0 could not publish {final}: {error}"}
             try:
-                removed = retention.prune(self.root, self.keep, save.step, self.keep_every_steps, save.hook)
+                removed = retention.prune(self.root, self.keep, save.step, self.keep_every_steps, save.hook, self.owns)
             except OSError as error:  # the new checkpoint stands; the next save tries again
                 return {"error": "", "not_removed": str(error)}
             return {"error": "", "removed": [path.name for path in removed]}

@@ -32,6 +32,7 @@ from model.slots import local_experts
 from parallel.checkpoint import FORMAT, CheckpointError, Experts
 from parallel.communicator import Communicator
 from parallel.engine import Engine, StateShard
+from parallel.ownership import run_id_at
 from parallel.remote import RemotePath
 from parallel.roots import Root, is_address, new_name, step_folder
 from parallel.safetensors_file import write
@@ -235,8 +236,17 @@ def manifest(step: int, reports: list[dict[str, Any]], extra: Mapping[str, Any])
     return {"format": FORMAT, "step": step, **extra, "files": files, "tensors": dict(sorted(tensors.items()))}
 
 
-def publish(draft: Root, final: Root, contents: dict[str, Any], hook: Hook = no_hook) -> None:
+def publish(
+    draft: Root,
+    final: Root,
+    contents: dict[str, Any],
+    hook: Hook = no_hook,
+    owns: Callable[[str], bool] | None = None,
+) -> None:
     """Turns a complete draft into the checkpoint `final`; rank 0 alone, once every rank's file is on the disk.
+
+    Args:
+        owns: whether a checkpoint of the run with this id may be replaced; None takes each for one's own.
 
     Raises:
         OSError: the disk refused; the draft is left, and what was published before is as it was.
@@ -246,6 +256,8 @@ def publish(draft: Root, final: Root, contents: dict[str, Any], hook: Hook = no_
         _publish_remote(draft, text, contents["files"], hook)
         return
     assert isinstance(final, Path), f"{draft} is a folder, {final} is none"
+    if owns is not None and final.exists() and not owns(run_id_at(final)):
+        raise FileExistsError(f"{final} is a checkpoint of another run, of id {run_id_at(final)}")
     _write_flushed(draft / "manifest.json", text)
     _flush_folder(draft)
     hook("before_commit")

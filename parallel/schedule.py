@@ -25,6 +25,33 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.lr
 
 
+def rate_jump(
+    before: tuple[OptimizerConfig, int], now: tuple[OptimizerConfig, int], step: int
+) -> tuple[float, float] | None:
+    """The rates of the last step of a run and of the next one, where they differ by more than the schedule's own step.
+
+    Args:
+        before, now: the settings and the steps in all, as the run was saved with and as it goes on with.
+        step: optimizer steps done.
+
+    Returns:
+        (rate of the last step, rate of the next one); None where the schedule goes on as it would anyway.
+    """
+    if step < 1:
+        return None
+    last, following = learning_rate(*_at(before, step - 1)), learning_rate(*_at(now, step))
+    own = max(
+        abs(learning_rate(*_at(settings, step)) - learning_rate(*_at(settings, step - 1))) for settings in (before, now)
+    )
+    return (last, following) if abs(following - last) > own * (1 + 1e-6) + 1e-12 * max(last, following) else None
+
+
+def _at(settings: tuple[OptimizerConfig, int], step: int) -> tuple[OptimizerConfig, int, int]:
+    """The arguments of `learning_rate`; behind a schedule's end it stays where it ended."""
+    config, total = settings
+    return config, min(step, max(0, total)), total
+
+
 def balance_rate(config: BalanceConfig, step: int) -> float:
     """The bias rate of optimizer step `step` (0-based); see `BalanceConfig`.
 

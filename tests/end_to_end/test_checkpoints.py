@@ -58,7 +58,7 @@ def test_nan_that_does_not_end_stops_with_a_status(trimtab, config: Path, tmp_pa
         "cluster.restarts=0", *QUICK, "--run", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 1
-    assert "for the 3th step in a row" in done.stdout + done.stderr
+    assert "for the 3rd step in a row" in done.stdout + done.stderr
     skips = [event for event in events(tmp_path / "run") if event["kind"] == "skip"]
     assert [skip["step"] for skip in skips] == [1, 2, 3]
     assert all(skip["rank"] == 1 and skip["expert"] is not None and skip["samples"] for skip in skips)

@@ -1,5 +1,6 @@
 """Resuming through the command line: what may change is taken, what may not is refused by name, nothing is repeated."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,45 @@ def test_a_finished_run_is_shown_again_at_once(trimtab, config: Path, half: Path
     assert done.returncode == 0
     assert "is complete (3 steps), nothing is trained" in done.stdout
     assert len([event for event in events(half) if event["kind"] == "start"]) == 1
+
+
+def test_accepted_changes_are_carried_out_told_and_proven(trimtab, config: Path, half: Path, tmp_path: Path) -> None:
+    base = ["train", config, "--launcher", "debug", "--run", half, "--no-summary", "optimizer.schedule=constant"]
+    grown = trimtab(
+        *base, "train.steps=5", "train.global_batch_size=16", "optimizer.lr=0.0005", "--accept-change",
+        "train.global_batch_size",
+    )  # fmt: skip
+    assert grown.returncode == 0, grown.stderr
+    assert "run: train.global_batch_size was 8 and is 16 from here on" in grown.stdout
+    assert "the global batch size goes from 8 to 16 at step 4" in grown.stdout
+    assert "to 0.0005 at step 4" in grown.stdout and "change at step 3: the rate goes from" in grown.stdout
+    told = [event for event in events(half) if event["kind"] == "change"]
+    assert told[0]["keys"]["optimizer.lr"]["new"] == 0.0005 and told[0]["keys"]["train.steps"] == {"old": 3, "new": 5}
+    assert told[0]["accepted"] == ["train.global_batch_size"]
+    audit = trimtab("data", "audit", half)
+    assert audit.returncode == 0 and "5 steps, 56 sequences, each exactly once" in audit.stdout, audit.stdout
+    again = trimtab(
+        *base, "train.steps=7", "train.global_batch_size=16", "optimizer.lr=0.0005", "data.seq_len=16",
+        "--accept-change", "data.seq_len", "parallel.virtual_ranks=2",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert "another order of the data: data.seq_len was 32 and is 16" in again.stdout
+    assert "the rate goes" not in again.stdout
+    audit = trimtab("data", "audit", half)
+    assert audit.returncode == 0, audit.stdout
+    assert "of steps 1 to 5 was checked by itself" in audit.stdout and "of steps 6 to 7" in audit.stdout
+
+
+def test_another_runs_place_for_checkpoints_is_refused(trimtab, config: Path, half: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in (half / "checkpoints").iterdir())
+    for resume in ("auto", "never"):
+        done = trimtab(
+            "train", config, "train.seed=7", f"checkpoint.dir={half / 'checkpoints'}", "--resume", resume,
+            "--launcher", "debug", "--run", tmp_path / "other",
+        )  # fmt: skip
+        assert done.returncode == 2, done.stdout
+        assert f"belongs to the run {half}" in done.stderr and str(tmp_path / "other") in done.stderr
+    assert sorted(path.name for path in (half / "checkpoints").iterdir()) == before
+    assert not (tmp_path / "other").exists()
+    manifest = json.loads((half / "checkpoints" / "step-00000003" / "manifest.json").read_text())
+    assert manifest["run"]["id"] == json.loads((half / "identity.json").read_text())["id"]

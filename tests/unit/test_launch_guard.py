@@ -46,7 +46,7 @@ def test_a_row_of_skips_ends_the_run_and_a_good_step_resets_it() -> None:
         assert guard.judge(step, math.nan, 1.0).then == "go on"
     verdict = guard.judge(5, math.nan, 1.0)
     assert (verdict.then, verdict.first) == ("stop", 3)
-    assert "step 6: loss is nan, for the 3th step in a row; go back" in str(guard.lost(5, verdict))
+    assert "step 6: loss is nan, for the 3rd step in a row; go back" in str(guard.lost(5, verdict))
 
 
 @pytest.mark.parametrize(
