@@ -306,7 +306,7 @@ def problem(path: str | Path) -> str | None:
         if not path.is_dir():
             return f"run folder {path} is a file; give another --run, or move the file away"
         if RunFolder(path).is_run():
-            return None if os.access(path, os.W_OK) else f"run folder {path} is not writable; give another --run"
+            return _not_writable(path)
         others = sorted(
             entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "identity.json"
         )
@@ -321,6 +321,28 @@ def problem(path: str | Path) -> str | None:
     if ancestor is not None and not os.access(ancestor, os.W_OK):
         return f"run folder {path} cannot be made: {ancestor} is not writable; give another --run"
     return None
+
+
+_REPLACED = ("config.toml", "coactivation.json", "identity.json")  # by renaming, for which the folder's rights count
+
+
+def _not_writable(path: Path) -> str | None:
+    """Why this user cannot go on with a run, of whose files some may be another user's."""
+    folders = [path, *(path / name for name in ("logs", "checkpoints", "tensorboard") if (path / name).exists())]
+    files = [
+        file for folder in folders[:2] for file in sorted(folder.iterdir())
+        if file.is_file() and file.name not in _REPLACED
+    ]  # fmt: skip
+    closed = [folder for folder in folders if not os.access(folder, os.W_OK | os.X_OK)]
+    closed += [file for file in files if not os.access(file, os.R_OK | os.W_OK)]
+    if not closed:
+        return None
+    more = f" and {len(closed) - 1} more of its files" if len(closed) > 1 else ""
+    return (
+        f"run folder {path}: {closed[0]} (of user {closed[0].stat().st_uid}){more} is not writable for user "
+        f"{os.getuid()}; have its owner run `chmod -R g+w` on it and use umask 002 in a group's folder, or give "
+        "another --run"
+    )
 
 
 @cache

@@ -28,7 +28,8 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
 def rate_jump(
     before: tuple[OptimizerConfig, int], now: tuple[OptimizerConfig, int], step: int
 ) -> tuple[float, float] | None:
-    """The rates of the last step of a run and of the next one, where they differ by more than the schedule's own step.
+    """The rates of the last step of a run and of the next one, where they differ by more than the
+    schedule's own step there.
 
     Args:
         before, now: the settings and the steps in all, as the run was saved with and as it goes on with.
@@ -40,9 +41,7 @@ def rate_jump(
     if step < 1:
         return None
     last, following = learning_rate(*_at(before, step - 1)), learning_rate(*_at(now, step))
-    own = max(
-        abs(learning_rate(*_at(settings, step)) - learning_rate(*_at(settings, step - 1))) for settings in (before, now)
-    )
+    own = abs(following - learning_rate(*_at(now, step - 1)))
     return (last, following) if abs(following - last) > own * (1 + 1e-6) + 1e-12 * max(last, following) else None
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from launch.drift import Drift, Drop
-from launch.guard import Guard, Verdict
+from launch.guard import Guard, Verdict, ordinal
 from launch.guard_config import GuardConfig
 from launch.spikes import Window, robust
 
@@ -188,3 +188,28 @@ def test_impossible_settings_are_refused(change: dict, key: str) -> None:
     (problem,) = GuardConfig(**change).problems()
     assert problem.startswith(f"guard.{key} = ")
     assert GuardConfig().problems() == []
+
+
+def test_where_something_changed_on_purpose_nothing_is_a_spike_until_there_is_something_to_compare_with() -> None:
+    guard = settled()
+    guard.judge(40, 9.0, 2.0)
+    guard.afresh()
+    assert not guard.judge(41, math.nan, 9.0).keep
+    for step in range(42, 42 + 7):
+        assert guard.judge(step, 9.0 + wave(step), 20.0) == Verdict(True)
+    guard.judge(50, 9.0, 20.0)
+    assert guard.judge(51, 90.0, 20.0).kind == "spike"
+    drifting = Guard(GuardConfig(spike_window=0, drift_window=4))
+    for step in range(13):
+        drifting.judge(step, 2.0 + 0.05 * step, 1.0)
+    drifting.afresh()
+    assert all(drifting.judge(20 + n, 5.0 + 0.05 * n, 1.0).alarms == () for n in range(8)), "three rises need more"
+
+
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (10, "10th"), (11, "11th"), (12, "12th"), (13, "13th"),
+     (21, "21st"), (22, "22nd"), (101, "101st"), (111, "111th"), (112, "112th"), (123, "123rd")],
+)  # fmt: skip
+def test_ordinals(number: int, word: str) -> None:
+    assert ordinal(number) == word

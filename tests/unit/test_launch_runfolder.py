@@ -223,3 +223,64 @@ def test_the_telemetry_modules_import_neither_torch_nor_any_optional_package() -
     loaded = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     for package in ("torch", "tensorboard", "rich", "matplotlib", "PIL", "ray", "deepspeed"):
         assert f"'{package}'" not in loaded
+
+
+AS_USER = """
+import os, sys
+from pathlib import Path
+from cluster.logs import begin_log, rank_log
+from launch.config import dump, read
+from launch.identity import take_place
+from launch.lock import only_driver
+from launch.runfolder import RunFolder, problem
+from launch.sections import Sections
+folder, user, group, mask = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4], 8)
+os.setgroups([group]); os.setgid(group); os.setuid(user); os.umask(mask)
+if wrong := problem(folder):
+    print(wrong); raise SystemExit(2)
+with only_driver(folder):
+    config = read("debug", [], [])
+    take_place(folder, config, ())
+    run = RunFolder(folder)
+    run.create(dump(config))
+    for file in (run.events, run.metrics, run.ledger, run.orders):
+        file.append({"user": user})
+    begin_log(rank_log(run.logs, 0), 0, 0)
+    Sections(run.logs, 0).mark("start")
+    run.event("fault", cause="a drill")
+"""
+
+
+def test_a_colleague_of_the_group_goes_on(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder with setgid, umask 002, and two users; with umask 022 the second one is refused by name."""
+    import shutil
+    import subprocess
+    import sys
+    import tempfile
+
+    shared = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        os.chown(shared, 0, 4242)
+        shared.chmod(0o2775)
+
+        def as_user(user: int, folder: str, mask: str) -> subprocess.CompletedProcess:
+            return subprocess.run(
+                [sys.executable, "-c", AS_USER, str(shared / folder), str(user), "4242", mask],
+                cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=120,
+            )  # fmt: skip
+
+        for user in (51001, 51002):
+            done = as_user(user, "run", "002")
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert [record["user"] for record in read_records(shared / "run" / "ledger.jsonl")] == [51001, 51002]
+        assert {path.stat().st_gid for path in (shared / "run").rglob("*")} == {4242}
+        assert all(path.stat().st_mode & 0o020 for path in (shared / "run").rglob("*"))
+        assert as_user(51001, "alone", "022").returncode == 0
+        refused = as_user(51002, "alone", "022")
+        assert refused.returncode == 2, refused.stderr
+        assert "(of user 51001)" in refused.stdout and "is not writable for user 51002" in refused.stdout
+        (shared / "run" / "events.jsonl").chmod(0o644)
+        refused = as_user(51002, "run", "002")
+        assert refused.returncode == 2 and f"{shared / 'run' / 'events.jsonl'} (of user 51001)" in refused.stdout
+    finally:
+        shutil.rmtree(shared)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from parallel.config import OptimizerConfig
-from parallel.schedule import learning_rate
+from parallel.schedule import learning_rate, rate_jump
 
 
 def test_warmup_is_linear_from_the_first_step() -> None:
@@ -27,3 +27,17 @@ def test_cosine_ends_at_its_floor() -> None:
     assert rates[52] == pytest.approx(0.55)
     assert rates[102] == pytest.approx(0.1)
     assert all(before >= after for before, after in itertools.pairwise(rates[2:]))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
+def test_the_rate_jumps_where_the_settings_changed_it_and_nowhere_else(schedule: str) -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=3, schedule=schedule)  # type: ignore[arg-type]
+    for step in range(31):
+        assert rate_jump((config, 30), (config, 30), step) is None, step
+    longer = rate_jump((config, 30), (config, 60), 30)
+    assert (longer is None) == (schedule == "constant")
+    if longer is not None:
+        assert longer[0] == learning_rate(config, 29, 30) and longer[1] == learning_rate(config, 30, 60) > 2 * longer[0]
+    lower = OptimizerConfig(lr=0.5, warmup_steps=3, schedule=schedule)  # type: ignore[arg-type]
+    assert rate_jump((config, 30), (lower, 30), 10) == (learning_rate(config, 9, 30), learning_rate(lower, 10, 30))
+    assert rate_jump((config, 30), (lower, 30), 0) is None, "there was no step before"
