@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from data.batches import Batches
 from data.errors import DataError
 from data.orders import NAME, go_on, record, recorded
 from data.stream import Stream
@@ -88,6 +89,25 @@ def _allowed(
     by_key = all({"data", *names} & set(accepted) for names in keys)
     now = by_key and (orders_before is None or len(found) == orders_before)
     return bool(session.ranks.dp.gather(known or now)[0])
+
+
+def leave_out(session: "Session", skipping: Batches, step: int) -> None:
+    """Goes on from an older checkpoint, after `step` steps, without some of the sequences.
+
+    The checkpoint may be older than the batch size or the order of the data that the run has now: that holds from the
+    checkpoint on then.
+
+    Args:
+        skipping: the batches so far with the ranges that are left out.
+    """
+    assert isinstance(session.stream, Stream)
+    size, exact = session.config.train.global_batch_size, True
+    if step < skipping.begins:
+        skipping, exact = Batches(Batches.beginning(step, size).phases, skipping.skip_ranges, step), False
+    elif skipping.size(step) != size:
+        skipping = skipping.then(step, size)
+    session.stream.use(skipping, step)
+    record_order(session, step, exact)
 
 
 def tell_rate(session: "Session", manifest: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cluster.flag import StopFlag
 from cluster.process import uncollected
-from data.batches import Batches
 from data.foreign import ForeignStream
 from data.stream import Stream
 from launch import balance_stats
@@ -22,7 +21,7 @@ from launch.around import in_section
 from launch.config import Config
 from launch.drills import Faults
 from launch.feed import Feed, open_feed
-from launch.going_on import record_order, take_up_data, tell_rate
+from launch.going_on import leave_out, record_order, take_up_data, tell_rate
 from launch.guard import Guard, Verdict
 from launch.heldout import Heldout, open_heldout
 from launch.rebalance import Rebalancer
@@ -217,13 +216,7 @@ class Session:
         target = int(self._load(path)["step"])
         self.guard.rollbacks = rollbacks
         self.guard.went_back()
-        size, exact = self.config.train.global_batch_size, True
-        if target < skipping.begins:  # the checkpoint is of another order of the data: this one begins here instead
-            skipping, exact = Batches(Batches.beginning(target, size).phases, skipping.skip_ranges, target), False
-        elif skipping.size(target) != size:  # or of another batch size
-            skipping = skipping.then(target, size)
-        stream.use(skipping, target)
-        record_order(self, target, exact)
+        leave_out(self, skipping, target)
         if self.ranks.dp.rank == 0:
             retention.prune(self.checkpoints, 0, target, owns=_owns(self.identity))
         self.ranks.dp.barrier()

@@ -78,9 +78,9 @@ def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, 
         before = round(time.monotonic() - began, 3)
         run.event("launch", cause=cause, launcher=plan.launcher, workers=plan.world_size, seconds_before=before)
         if plan.changes:
-            told = {key: {"old": old, "new": new} for key, (old, new) in plan.changes.items()}
-            cause = f"resumed with other settings: {', '.join(told)}"
-            run.event("change", cause=cause, keys=told, accepted=plan.accepted)
+            keys = {key: {"old": old, "new": new} for key, (old, new) in plan.changes.items()}
+            changed = f"resumed with other settings: {', '.join(keys)}"
+            run.event("change", cause=changed, keys=keys, accepted=plan.accepted)
         run.close()
     payload = {
         "config": asdict(plan.config),
