@@ -37,8 +37,12 @@ def save_curves(path: Path, runs: Sequence[Path]) -> None:
             values = history.figures[name]
             axes.plot(history.steps, values, color=colour, linewidth=0.6, alpha=0.25)
             axes.plot(history.steps, running_mean(values, window), color=colour, linestyle=style, label=str(run))
-        evaluated = [(event["step"], event["heldout_loss"]) for event in read_records(RunFolder(run).events_path)
-                     if event["kind"] == "evaluation" and event.get("heldout_loss") is not None]  # fmt: skip
+        figure_of = history.figures["heldout_loss"]
+        measured = np.isfinite(figure_of)
+        evaluated = dict(zip(history.steps[measured].tolist(), figure_of[measured].tolist(), strict=True))
+        for event in read_records(RunFolder(run).events_path):
+            if event["kind"] == "evaluation" and event.get("heldout_loss") is not None:
+                evaluated[event["step"]] = event["heldout_loss"]
         if evaluated:
             loss_axes.plot(
                 *zip(*evaluated, strict=True), color=colour, marker="o", linestyle=":", linewidth=1, clip_on=False

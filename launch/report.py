@@ -14,10 +14,12 @@ from launch.findings import alarm_table, findings, slow_ranks
 from launch.history import alarm_spells, read_history, read_pairs, summarize_history
 from launch.pictures import draw
 from launch.report_html import write_html
+from launch.run_facts import facts_table
 from launch.runfolder import RunFolder, read_records
 from launch.telemetry import dotted
 from launch.time_report import time_section
 
+_COMPRESSORS = (("gzip -9", "gzip_bits_per_byte"), ("xz -9", "xz_bits_per_byte"))
 MAX_EVENTS = 60  # lines of the events table
 ESSENTIALS = (
     "model.hidden_size", "model.num_hidden_layers", "model.n_routed_experts", "model.num_experts_per_tok",
@@ -57,7 +59,12 @@ def write_report(run_dir: str | Path) -> Path:
     parts = [f"# Run {run.path.resolve().name}", ""]
     if summary["steps"]:
         layers = balance_stats.layer_names(config, history.loads.shape[1]) if len(history.loads) else []
-        parts += [_opening(summary), "", *_figures_table(summary), ""]
+        parts += [_opening(summary), ""]
+        evaluated = _evaluation(events)
+        parts += [evaluated, ""] if evaluated else []
+        facts = facts_table(events)
+        parts += [*facts, ""] if facts else []
+        parts += [*_figures_table(summary), ""]
         pairs = read_pairs(run, summary["last_step"])
         found = findings(history, spells, pairs, summary, layers, lane_period(config))
         if found:
@@ -102,6 +109,20 @@ def _opening(s: Mapping[str, Any]) -> str:
             f"{_show(s['max_vio_last'])} over the last; chance alone would leave about {_show(s['max_vio_floor'])}."
         )
     return text
+
+
+def _evaluation(events: Sequence[Mapping[str, Any]]) -> str:
+    """The last evaluation of held-out documents after training, in a sentence; empty without one."""
+    last = next((event for event in reversed(events) if event["kind"] == "evaluation"), None)
+    if last is None or last.get("heldout_loss") is None:
+        return ""
+    text = f"Evaluated at step {last['step']}: held-out loss {last['heldout_loss']:.4f}"
+    if last.get("bits_per_byte") is not None:
+        text += f", **{last['bits_per_byte']:.4f} bits per byte**"
+        others = [f"{name} {last[key]:.4f}" for name, key in _COMPRESSORS
+                  if last.get(key) is not None]  # fmt: skip
+        text += f" ({' and '.join(others)} on the same bytes)" if others else ""
+    return text + "."
 
 
 def _figures_table(s: Mapping[str, Any]) -> list[str]:

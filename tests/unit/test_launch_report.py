@@ -204,3 +204,24 @@ def test_troubles_are_counted_by_their_kinds(tmp_path: Path) -> None:
     telemetry.close()
     text = write_report(tmp_path / "run").read_text()
     assert "This run has 1 restart, 2 skipped steps. Their causes" in text
+
+
+def test_what_ran_and_what_it_reached_stand_on_top(tmp_path: Path) -> None:
+    telemetry = make_run(tmp_path / "run", 5)
+    facts = {
+        "parameters": 4931712, "active_parameters": 1982592, "world_size": 2, "ep_size": 2, "zero_stage": 1,
+        "device": "cpu", "launcher": "ray", "threads_per_rank": 1, "commit": None,
+        "hardware": {"processor": "A | B", "cores": 2}, "date": "2026-01-02T03:04:05+00:00",
+    }  # fmt: skip
+    telemetry.run.event("start", cause="trimtab train debug", versions={"torch": "2.12.0"}, **facts)
+    telemetry.run.event("start", cause="trimtab train debug", versions={"torch": "2.13.0"}, **facts)
+    figures = {"heldout_loss": 2.5, "bits_per_byte": 1.25, "gzip_bits_per_byte": 2.0, "xz_bits_per_byte": None}
+    telemetry.run.event("evaluation", cause="end of training", step=5, **figures)
+    telemetry.close()
+    text = write_report(tmp_path / "run").read_text()
+    top = text[: text.index("| figure | value |")]
+    assert "held-out loss 2.5000, **1.2500 bits per byte** (gzip -9 2.0000 on the same bytes)." in top
+    assert "| parameters | 4,931,712, 1,982,592 of them active for a token |" in top
+    assert "| ranks | 2 in expert-parallel groups of 2, ZeRO stage 1, on cpu (launcher ray, 1 threads a rank) |" in top
+    assert "| versions | torch 2.13.0 (before: torch 2.12.0) |" in top and "| commit | not a git repository |" in top
+    assert "processor A \\| B, cores 2" in top and "| first start | 2026-01-02 03:04:05 UTC |" in top
