@@ -44,9 +44,8 @@ def save_curves(path: Path, runs: Sequence[Path]) -> None:
             if event["kind"] == "evaluation" and event.get("heldout_loss") is not None:
                 evaluated[event["step"]] = event["heldout_loss"]
         if evaluated:
-            loss_axes.plot(
-                *zip(*evaluated, strict=True), color=colour, marker="o", linestyle=":", linewidth=1, clip_on=False
-            )
+            at, losses = zip(*sorted(evaluated.items()), strict=True)
+            loss_axes.plot(at, losses, color=colour, marker="o", linestyle=":", linewidth=1, clip_on=False)
     for axes, title in ((loss_axes, "loss, nats a token (dots: held-out)"), (balance_axes, "max_vio")):
         axes.set_ylabel(title)
         axes.grid(alpha=0.25)
