@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data.errors import DataError
+from data.leftout import human, printable
 from data.manifest import Loss
 from data.tokenizer import DEEPSEEK, Tokenizer
 
@@ -58,7 +59,7 @@ class LossMeter:
         if lost and not state.lossy_example:
             state.lossy_example = name
         if self.everything and state.lost_bytes > ALLOWED * self._total and not self._allow:
-            raise DataError(self._refusal("at least ", state.lost_bytes / self._total))
+            raise DataError(self._refusal(f"the first {human(state.measured_bytes)} of the text"))
 
     def result(self) -> Loss | None:
         """The shares of lost bytes and unknown tokens; None for a tokenizer that lost nothing.
@@ -74,16 +75,18 @@ class LossMeter:
             round(state.unknown_tokens / max(1, state.measured_tokens), 6),
         )
         if max(loss.lost_bytes, loss.unknown_tokens) > ALLOWED and not self._allow:
-            raise DataError(self._refusal("", loss.lost_bytes, loss.unknown_tokens))
+            raise DataError(self._refusal("the text"))
         return loss
 
-    def _refusal(self, least: str, lost: float, unknown: float | None = None) -> str:
-        also = "" if unknown is None else f", and {unknown:.1%} of the tokens are the unknown token"
-        example = f" (the first is {self._state.lossy_example})" if self._state.lossy_example else ""
+    def _refusal(self, text: str) -> str:
+        state = self._state
+        lost, unknown = state.lost_bytes / state.measured_bytes, state.unknown_tokens / max(1, state.measured_tokens)
+        example = f" (the first is {printable(state.lossy_example)})" if state.lossy_example else ""
         return (
-            f"tokenizer {self._encoder.spec}: {least}{lost:.1%} of the text's bytes are lost by it{example}{also}; "
-            f"more than {ALLOWED:.0%} is refused, since bits per byte would mean nothing; use bytes, bpe:N, deepseek "
-            f"or another tokenizer.json that holds every byte, or pack with --allow-lossy"
+            f"tokenizer {self._encoder.spec}: of {text}, {lost:.1%} of the bytes are lost by it{example} and "
+            f"{unknown:.1%} of its tokens are the unknown token; more than {ALLOWED:.0%} of all is refused, since bits "
+            f"per byte would mean nothing; use bytes, bpe:N, deepseek or another tokenizer.json that holds every byte, "
+            f"or pack with --allow-lossy"
         )
 
 

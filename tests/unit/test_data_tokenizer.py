@@ -244,7 +244,10 @@ def test_lossy_tokenizers_are_measured_and_refused(tmp_path: Path, capsys: pytes
     command = ["data", "pack", source, "--out", str(tmp_path / "out"), "--tokenizer", file]
     assert main(command) == 2
     refused = capsys.readouterr().err
-    assert "bytes are lost by it (the first is 2.txt)" in refused and "--allow-lossy" in refused
+    assert (
+        "50.0% of the bytes are lost by it (the first is 2.txt) and 40.0% of its tokens are the unknown" in refused
+        and "--allow-lossy" in refused
+    )
     assert not (tmp_path / "out").exists()
     assert main([*command, "--allow-lossy", "--json"]) == 0
     manifest = read_manifest(tmp_path / "out")
