@@ -5,7 +5,6 @@ processes within half a second of a SIGTERM or Ctrl-C, but forwards SIGUSR1: tha
 (launch/jobs/mpirun.sh turns the former into the latter).
 """
 
-import array
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from cluster.context import LaunchResult, RankContext
 from cluster.entry import encode, loopback_interface, prepare_environment, run_entry, thread_count
 from cluster.flag import StopFlag
 from cluster.logs import KeptOutput, begin_log, rank_log
+from cluster.mpi_exchange import all_or_none, allgather_int, allgather_text, broadcast_text, refuse_together
 from cluster.outcome import conclude
 from cluster.ports import PortHold, interface_of, own_address
 from cluster.process import kill_own_group, watch_parent
@@ -78,18 +78,32 @@ def run(
 
     Raises:
         MpiError: mpi4py or an MPI library is missing, or mpirun belongs to another MPI than mpi4py has found.
+        RefusedTogether: on every rank, where one of them cannot take part.
     """
-    text = encode(payload, "the payload")
     mpi = _mpi()
+    with all_or_none(mpi):
+        return _run(mpi, entry, encode(payload, "the payload"), spec, Path(log_dir), ep_size, generation, stop)
+
+
+def _run(
+    mpi: Any,
+    entry: str,
+    text: str,
+    spec: ClusterConfig,
+    log_dir: Path,
+    ep_size: int,
+    generation: int,
+    stop: StopFlag | None,
+) -> LaunchResult:
     world = mpi.COMM_WORLD
     watch_parent(os.getppid(), kill_own_group)  # Open MPI leaves its processes running when mpirun is killed
     node = world.Split_type(mpi.COMM_TYPE_SHARED)
-    leaders = _allgather_int(world, min(_allgather_int(node, world.Get_rank())))  # the lowest rank names its node
+    leaders = allgather_int(world, min(allgather_int(node, world.Get_rank())))  # the lowest rank names its node
     seats = seat_ranks([str(leader) for leader in leaders], ep_size)
     rank = next(rank for rank, seat in enumerate(seats) if seat.worker == world.Get_rank())
     n_nodes = 1 + max(seat.node_rank for seat in seats)
     hold = PortHold("127.0.0.1" if n_nodes == 1 else own_address()) if rank == 0 else None
-    address = _broadcast_text(world, hold.address if hold else "", root=seats[0].worker)
+    address = broadcast_text(world, hold.address if hold else "", root=seats[0].worker)
 
     with StopSignals(stop, extra=(signal.SIGUSR1,)) as signals:
         context = _context(rank, seats[rank], len(seats), n_nodes, address, generation, signals.stop)
@@ -97,7 +111,7 @@ def run(
         prepare_environment(os.environ, context, threads, strip=False)
         if "torch" in sys.modules:  # imported before OpenMP could see the variables
             sys.modules["torch"].set_num_threads(threads)
-        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        refuse_together(world, _log_problems(log_dir, rank))
         if hold:
             hold.hand_over()
         begin_log(rank_log(log_dir, rank), rank, generation)
@@ -108,10 +122,25 @@ def run(
         if not report["ok"]:
             print(f"rank {rank} failed ({report['kind']}):\n{report['error']}", file=sys.stderr, flush=True)
             world.Abort(report["exit_code"])
-        reports = [json.loads(text) for text in _allgather_text(world, json.dumps(report))]
+        reports = [json.loads(text) for text in allgather_text(world, json.dumps(report))]
         if hold:
             hold.release()
         return conclude([reports[seat.worker] for seat in seats], stop_asked=signals.stop.is_set())
+
+
+def mpi_world() -> Any:
+    """The communicator of all processes that were started together. Raises: MpiError, see `run`."""
+    return _mpi().COMM_WORLD
+
+
+def _log_problems(log_dir: Path, rank: int) -> list[str]:
+    """Why this rank cannot write its log, if it cannot."""
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with open(rank_log(log_dir, rank), "ab"):
+            return []
+    except OSError as error:
+        return [f"the folder of the ranks' logs cannot be written to: {error}"]
 
 
 def _mpi() -> Any:
@@ -155,27 +184,3 @@ def _context(
         interface=loopback_interface() if n_nodes == 1 else interface_of(own_address()),
         device_index=seat.local_rank,
     )
-
-
-# mpi4py's lower-case methods pickle what they send; these send bytes.
-
-
-def _allgather_int(communicator: Any, value: int) -> list[int]:
-    answer = array.array("q", [0] * communicator.Get_size())
-    communicator.Allgather(array.array("q", [value]), answer)
-    return list(answer)
-
-
-def _broadcast_text(communicator: Any, text: str, root: int) -> str:
-    buffer = bytearray(text.encode().ljust(256, b"\0"))
-    communicator.Bcast(buffer, root=root)
-    return bytes(buffer).rstrip(b"\0").decode()
-
-
-def _allgather_text(communicator: Any, text: str) -> list[str]:
-    data = text.encode()
-    sizes = _allgather_int(communicator, len(data))
-    answer = bytearray(sum(sizes))
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    communicator.Allgatherv(data, [answer, sizes, starts, _mpi().BYTE])
-    return [answer[start : start + size].decode() for start, size in zip(starts, sizes, strict=True)]

@@ -195,27 +195,54 @@ def _train(options: Any) -> int:
     began = time.monotonic()
     if options.print_config:
         return _print_config(options)
+    if options.launcher != "mpi":
+        return _train_plan(options, _checked(options, None), began)
+    from cluster import mpi
+    from cluster.mpi_exchange import RefusedTogether, all_or_none
+
+    try:
+        with all_or_none():
+            return _train_plan(options, _checked_together(options, mpi.mpi_world()), began)
+    except mpi.MpiError as error:
+        raise ConfigError([str(error)]) from error
+    except RefusedTogether as refused:
+        if refused.speaks:
+            print(f"trimtab: {ConfigError(refused.problems)}", file=sys.stderr, flush=True)
+        return refused.exit_code
+
+
+def _checked(options: Any, mpi_size: int | None) -> Any:
     from launch import preflight
 
-    mpi_size = None
-    if options.launcher == "mpi":
-        from cluster import mpi
+    return preflight.check(
+        options.config, options.assignments, run=options.run, launcher=options.launcher, resume=options.resume,
+        accepted=options.accept_change, mpi_size=mpi_size, insecure=options.insecure,
+    )  # fmt: skip
 
-        try:
-            mpi_size = mpi.world_size()
-        except mpi.MpiError as error:
-            raise ConfigError([str(error)]) from error
+
+def _checked_together(options: Any, world: Any) -> Any:
+    """The plan that every rank of mpirun has found for itself.
+
+    Raises:
+        RefusedTogether: on every rank, where any of them refuses the run, or where they do not see the same run.
+    """
+    from cluster.mpi_exchange import refuse_together, unlike
+
+    plan: Any = None
+    problems: list[str] = []
     try:
-        plan = preflight.check(
-            options.config, options.assignments, run=options.run, launcher=options.launcher, resume=options.resume,
-            accepted=options.accept_change, mpi_size=mpi_size, insecure=options.insecure,
-        )  # fmt: skip
-    except ConfigError:
-        from launch.start import is_first
+        plan = _checked(options, world.Get_size())
+    except ConfigError as error:
+        problems = error.problems
+    except (DataError, OSError) as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    refuse_together(world, problems)
+    seen = {"the configuration": dump(plan.config), "the run's folder": str(plan.run), "a finished run": str(plan.done)}
+    refuse_together(world, unlike(world, seen))
+    return plan
 
-        if is_first(options.launcher):
-            raise
-        return EXIT_BAD_INPUT
+
+def _train_plan(options: Any, plan: Any, began: float) -> int:
     from launch.start import is_first, report_end, say, start
 
     if plan.done:

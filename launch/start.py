@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ from cluster.causes import cause_of, first_cause
 from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
 from cluster.signals import StopSignals
 from cluster.supervisor import Generation
+from data.errors import DataError
 from data.orders import NAME as ORDERS
 from data.orders import recorded
 from launch.accounting import in_words, read_account, record_account
-from launch.config import dump
-from launch.identity import take_place
+from launch.config import ConfigError, dump
+from launch.identity import Identity, take_place
 from launch.lock import only_driver
 from launch.preflight import Plan, pack_if_needed
 from launch.resume import checkpoint_root
@@ -57,31 +58,51 @@ def start(
     Raises:
         ConfigError: another process is training into the same folder, or another run keeps its checkpoints in
             this one's place.
+        RefusedTogether: under MPI, on every rank, where rank 0 could not prepare the run.
     """
     began = time.monotonic() if began is None else began
-    first = is_first(plan.launcher)
-    with only_driver(plan.run) if first else nullcontext():
-        return _start(plan, cause, first, entry, extra or {}, began)
+    identity = None
+    with ExitStack() as held:
+        with _done_by_first(plan.launcher) as first:
+            if first:
+                held.enter_context(only_driver(plan.run))
+                identity = _prepare(plan, cause, began)
+        return _start(plan, cause, first, entry, extra or {}, identity)
 
 
-def _start(plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, Any], began: float) -> LaunchResult:
-    for note in plan.notes if first else ():
+def _done_by_first(launcher: str) -> AbstractContextManager[bool]:
+    """Yields whether this process does what is done once for the run; under MPI the others wait for its success."""
+    if launcher != "mpi":
+        return nullcontext(True)
+    from cluster.mpi import mpi_world
+    from cluster.mpi_exchange import done_by_first
+
+    return done_by_first(mpi_world(), (ConfigError, DataError, OSError))
+
+
+def _prepare(plan: Plan, cause: str, began: float) -> Identity:
+    for note in plan.notes:
         say(note)
-    identity = take_place(plan.run, plan.config, plan.accepted) if first else None
-    if first:
-        pack_if_needed(plan, say)
-        run = RunFolder(plan.run)
-        run.create(dump(plan.config))
-        told = keep_for_training(run.path, plan.config.data, plan.accepted)
-        if told is not None:
-            say(told)
-        before = round(time.monotonic() - began, 3)
-        run.event("launch", cause=cause, launcher=plan.launcher, workers=plan.world_size, seconds_before=before)
-        if plan.changes:
-            keys = {key: {"old": old, "new": new} for key, (old, new) in plan.changes.items()}
-            changed = f"resumed with other settings: {', '.join(keys)}"
-            run.event("change", cause=changed, keys=keys, accepted=plan.accepted)
-        run.close()
+    identity = take_place(plan.run, plan.config, plan.accepted)
+    pack_if_needed(plan, say)
+    run = RunFolder(plan.run)
+    run.create(dump(plan.config))
+    told = keep_for_training(run.path, plan.config.data, plan.accepted)
+    if told is not None:
+        say(told)
+    before = round(time.monotonic() - began, 3)
+    run.event("launch", cause=cause, launcher=plan.launcher, workers=plan.world_size, seconds_before=before)
+    if plan.changes:
+        keys = {key: {"old": old, "new": new} for key, (old, new) in plan.changes.items()}
+        changed = f"resumed with other settings: {', '.join(keys)}"
+        run.event("change", cause=changed, keys=keys, accepted=plan.accepted)
+    run.close()
+    return identity
+
+
+def _start(
+    plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, Any], identity: Identity | None
+) -> LaunchResult:
     payload = {
         "config": asdict(plan.config),
         "run": str(plan.run),
