@@ -18,7 +18,8 @@ class ClusterConfig:
         with `workers / nodes` workers each.
     workers: ranks in total, over all nodes.
     accelerator: `auto` takes the GPUs where there are any; `cpu` and `gpu` insist.
-    threads_per_worker: CPU threads of each rank; 0 means the node's cores divided by its workers.
+    threads_per_worker: CPU threads of each rank; 0 means OMP_NUM_THREADS, or the node's usable cores divided by its
+        workers.
     cpus_per_worker: cores that each worker reserves from Ray.
     start_timeout_s: the longest time, in seconds, until every rank runs its entry.
     stop_grace_s: seconds from a request to stop until the ranks are killed.

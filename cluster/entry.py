@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import sys
 import time
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Callable, MutableMapping
 from contextlib import nullcontext
 
 from cluster.context import EXIT_FAILED, RankContext
+from cluster.cores import usable_cores
 from cluster.no_terminal import without_terminal
 from cluster.process import uncollected
 from cluster.redact import redact
@@ -111,12 +111,15 @@ def prepare_environment(
         environment[name] = str(threads)
 
 
-def thread_count(threads_per_worker: int, local_world_size: int) -> int:
-    """How many threads each of a node's workers gets; 0 asks for this node's usable cores divided by its workers."""
-    if threads_per_worker > 0:
-        return threads_per_worker
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size)
+def thread_count(threads_per_worker: int, local_world_size: int, stated: int | None = None) -> int:
+    """How many threads each of a node's workers gets.
+
+    Args:
+        threads_per_worker: the configuration's number; 0 leaves it to the others.
+        local_world_size: workers of this node, which share its usable cores.
+        stated: what the user's environment asks for, see `cores.stated_threads`; comes before a share.
+    """
+    return threads_per_worker or stated or max(1, usable_cores() // local_world_size)
 
 
 def loopback_interface() -> str:

@@ -16,6 +16,7 @@ from typing import IO
 
 from cluster.config import ClusterConfig
 from cluster.context import LaunchResult, RankContext, RankFailure
+from cluster.cores import stated_threads
 from cluster.entry import encode, loopback_interface, prepare_environment, thread_count
 from cluster.flag import StopFlag
 from cluster.logs import LogTail, begin_log, last_lines, rank_log
@@ -103,7 +104,7 @@ class _Gang:
 
     def start(self, entry: str, payload_text: str, generation: int) -> None:
         world_size = self.spec.workers
-        threads = thread_count(self.spec.threads_per_worker, world_size)
+        threads = thread_count(self.spec.threads_per_worker, world_size, stated_threads(os.environ))
         begun = [begin_log(rank_log(self.log_dir, rank), rank, generation) for rank in range(world_size)]
         self.tail = LogTail(rank_log(self.log_dir, 0), begun[0])
         for rank in range(world_size):
@@ -141,7 +142,7 @@ class _Gang:
             environment["PYTHONUNBUFFERED"] = "1"
             with open(rank_log(self.log_dir, rank), "ab") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "cluster.rank_process", str(spec_file)],
+                    [sys.executable, "-P", "-m", "cluster.rank_process", str(spec_file)],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,

@@ -80,7 +80,7 @@ def start_monitor(watch: dict[str, Any] | None, context: RankContext) -> subproc
             "before": _text(section_file(folder, context.rank)),
         }
         return subprocess.Popen(
-            [sys.executable, "-S", "-m", "cluster.monitor", json.dumps(spec)],
+            [sys.executable, "-P", "-S", "-m", "cluster.monitor", json.dumps(spec)],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
             start_new_session=True,  # it has to outlive the rank's group for the moment in which it kills that

@@ -14,7 +14,8 @@ from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.context import LaunchResult, RankContext
-from cluster.entry import encode, loopback_interface, prepare_environment, run_entry, thread_count
+from cluster.cores import affinity, quota_cores, share_of_node, stated_threads
+from cluster.entry import encode, loopback_interface, prepare_environment, run_entry
 from cluster.flag import StopFlag
 from cluster.logs import KeptOutput, begin_log, rank_log
 from cluster.mpi_exchange import all_or_none, allgather_int, allgather_text, broadcast_text, refuse_together
@@ -107,7 +108,7 @@ def _run(
 
     with StopSignals(stop, extra=(signal.SIGUSR1,)) as signals:
         context = _context(rank, seats[rank], len(seats), n_nodes, address, generation, signals.stop)
-        threads = thread_count(spec.threads_per_worker, context.local_world_size)
+        threads = _threads(node, spec.threads_per_worker)
         prepare_environment(os.environ, context, threads, strip=False)
         if "torch" in sys.modules:  # imported before OpenMP could see the variables
             sys.modules["torch"].set_num_threads(threads)
@@ -141,6 +142,15 @@ def _log_problems(log_dir: Path, rank: int) -> list[str]:
             return []
     except OSError as error:
         return [f"the folder of the ranks' logs cannot be written to: {error}"]
+
+
+def _threads(node: Any, threads_per_worker: int) -> int:
+    """Collective over a node's ranks, whose bindings count."""
+    mine = affinity()
+    cores = [set(json.loads(text)) for text in allgather_text(node, json.dumps(sorted(mine)))]
+    quotas = [quota for quota in allgather_int(node, quota_cores() or 0) if quota]
+    share = share_of_node(mine, cores, min(quotas, default=None))
+    return threads_per_worker or stated_threads(os.environ) or share
 
 
 def _mpi() -> Any:

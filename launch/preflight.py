@@ -1,6 +1,5 @@
 """Everything that can be checked before a process group, Ray or even torch is started; all problems in one message."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -8,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from cluster.cores import usable_cores
 from data.dataset import Description, describe
 from data.errors import DataError
 from data.pack import builtin_at, pack_builtin
@@ -98,6 +98,8 @@ def check(
         problems += local_capacity_problems(config)
     if launcher in ("debug", "local"):
         problems += device_problems(config)
+    if launcher == "local":
+        problems += local_process_problems(config)
     folder = Path(run or Path("runs") / Path(source).stem).absolute()
     problems += passing_problems(folder, config)
     changes: dict[str, tuple[Any, Any]] = {}
@@ -185,7 +187,7 @@ def passing_problems(folder: Path, config: Config) -> list[str]:
 
 def local_capacity_problems(config: Config) -> list[str]:
     """Whether this machine's cores can hold the workers of a local Ray cluster."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = usable_cores()
     wanted = config.cluster.workers * config.cluster.cpus_per_worker
     found = []
     if config.cluster.nodes > 1:
@@ -201,6 +203,22 @@ def local_capacity_problems(config: Config) -> list[str]:
             "--address of a larger cluster, or --launcher local, which does not reserve cores"
         )
     return found
+
+
+RANKS_PER_CORE = 8  # tests of many ranks on a small machine stay below; 1,024 processes on 2 cores stop the machine
+
+
+def local_process_problems(config: Config) -> list[str]:
+    """Whether this machine can hold the processes of the local launcher, each of which loads torch."""
+    cores, workers = usable_cores(), config.cluster.workers
+    most = max(16, RANKS_PER_CORE * cores)
+    if workers <= most:
+        return []
+    return [
+        f"cluster.workers = {workers}: the local launcher starts them all on this machine, which has {cores} "
+        f"cores and is given at most {most} processes; use cluster.workers={cores}, or --launcher ray or mpi on "
+        "as many nodes as the configuration is meant for"
+    ]
 
 
 def _check_data(config: Config, problems: list[str], notes: list[str]) -> tuple[str, Description | None]:

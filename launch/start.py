@@ -128,7 +128,7 @@ def _launch(plan: Plan, entry: str, payload: dict) -> LaunchResult:
         from launch.debugger import one_thread_at_a_time
 
         with one_thread_at_a_time():
-            return debug.run(entry, payload)
+            return debug.run(entry, payload, threads_per_worker=spec.threads_per_worker)
     if plan.launcher == "mpi":
         from cluster import mpi
 
