@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if len(assignments) < len(rest) or (rest and not hasattr(options, "assignments")):
         options.parser.error(unknown([word for word in rest if word not in assignments] or rest, options.parser))
     if rest:
-        options.assignments += assignments
+        options.assignments = [*options.assignments, *assignments]
     with only_json() if getattr(options, "json", False) else nullcontext():
         guard_output()
         try:
@@ -172,7 +172,11 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     presets = ", ".join(preset_names())
     parser.add_argument("config", metavar="CONFIG", help=f"a preset ({presets}) or a TOML file")
     parser.add_argument(
-        "assignments", nargs="*", metavar="key.path=value", help="change single keys; `trimtab config` explains them"
+        "assignments",
+        nargs="*",
+        default=[],
+        metavar="key.path=value",
+        help="change single keys; `trimtab config` explains them",
     )
     parser.add_argument("--run", help="the run's folder (default: runs/NAME of CONFIG)")
     parser.add_argument(

@@ -38,7 +38,7 @@ def add_completion_command(commands: Any) -> None:
         epilog="example: source <(trimtab completion bash)",
     )
     completion.add_argument("shell", choices=(*SCRIPTS, "words"), help="words: what fits the words after --")
-    completion.add_argument("words", nargs="*", help="the command line so far, without `trimtab`")
+    completion.add_argument("words", nargs="*", default=[], help="the command line so far, without `trimtab`")
     completion.set_defaults(run_command=_run)
 
 

@@ -28,7 +28,9 @@ def add_data_commands(commands: Any) -> None:
         "Parquet; also compressed), addresses, or `python`. What is left out is named by reason.",
         epilog="example: trimtab data pack ~/notes --out datasets/notes --tokenizer bpe:8192",
     )
-    pack.add_argument("sources", nargs="*", metavar="SOURCE", help="a folder, a file, or the built-in corpus `python`")
+    pack.add_argument(
+        "sources", nargs="*", default=[], metavar="SOURCE", help="a folder, a file, or the built-in corpus `python`"
+    )
     pack.add_argument(
         "--source", action="append", default=[], metavar="NAME=PATH[@WEIGHT]", dest="weighted",
         help="instead of SOURCE, several times: a source of its own name and weight (default: 1) in training",

@@ -46,7 +46,7 @@ def add_hf_actions(actions: Any) -> None:
         epilog="example: trimtab checkpoint import DeepSeek-V2-Lite --out runs/v2 --config v2-lite",
     )
     bring.add_argument("folder", type=Path, help="the folder with config.json")
-    bring.add_argument("assignments", nargs="*", metavar="key.path=value", help="override single keys")
+    bring.add_argument("assignments", nargs="*", default=[], metavar="key.path=value", help="override single keys")
     bring.add_argument("--out", type=Path, required=True, metavar="RUN", help="the run to make; must not exist")
     bring.add_argument(
         "--config",

@@ -183,3 +183,9 @@ def test_a_printed_configuration_explains_and_reads_back() -> None:
     assert tomllib.loads(text) == tomllib.loads(dump(Config()))
     assert "# optimizer steps in all (an integer, from 1 to 1,000,000,000)\nsteps = 200\n" in text
     assert json.dumps(text)
+
+
+def test_only_what_is_needed_is_called_required(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.rstrip().endswith("the following arguments are required: CONFIG")
