@@ -49,7 +49,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_length: int, kept: KeptTokenizer |
         "chat_template": chat_template(form.begins),
     }
     if not form.begins:
-        settings["add_bos_token"] = True  # llama.cpp reads it; transformers 4.57 and 5.24 do not, for such a file
+        settings["add_bos_token"] = True  # transformers 4.57, 5.24 and llama.cpp go by the post-processor
     made = {
         FILE: tokenizer.to_json() if imported else form.text,
         "tokenizer_config.json": _text(settings),
