@@ -8,6 +8,7 @@ import urllib.request
 import pytest
 import requests
 
+from cluster import jobs
 from cluster.web_proxies import changed_environment, direct_requests, without_proxies
 
 
@@ -21,6 +22,7 @@ def server():
             asked.append((self.path, self.headers.get("Authorization")))
             self.send_response(200)
             self.end_headers()
+            self.wfile.write(b'{"ray_version": "2.60.0"}')
 
         def log_message(self, *arguments):
             pass
@@ -72,6 +74,31 @@ def test_neither_requests_nor_urllib_ask_the_proxy(server, proxy, monkeypatch, t
     assert dict(os.environ) == before, "the user's settings are as they were"
     requests.get(server.address, headers=token, timeout=5)
     assert len(proxy.asked) == 1, "outside, the proxy is asked"
+
+
+@pytest.mark.parametrize("variables", [("RAY_ADDRESS",), ("RAY_API_SERVER_ADDRESS",), jobs.OVERRIDES])
+def test_rays_client_goes_to_the_address_that_was_checked(server, proxy, monkeypatch, variables):
+    for name in jobs.OVERRIDES:
+        monkeypatch.delenv(name, raising=False)
+    for name in variables:
+        monkeypatch.setenv(name, proxy.address)  # somebody else's dashboard
+    with direct_requests(server.address):
+        client = jobs._client(server.address, "of-the-cluster")
+    assert client.get_address() == server.address and os.environ[variables[0]] == proxy.address
+    assert {one[1] for one in server.asked} == {"Bearer of-the-cluster"} and proxy.asked == []
+
+
+def test_a_client_that_went_elsewhere_is_not_used(server, monkeypatch):
+    """If another variable led it away, no job would be sent."""
+    import ray.job_submission
+
+    made = ray.job_submission.JobSubmissionClient
+    monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", lambda address, headers: made(server.address))
+    with (
+        direct_requests("http://127.0.0.1:9"),
+        pytest.raises(jobs.JobError, match=r"instead of http://127\.0\.0\.1:9; no"),
+    ):
+        jobs._client("http://127.0.0.1:9", None)
 
 
 def test_a_dashboard_over_http_elsewhere_has_no_proxy_and_one_over_https_keeps_it():
