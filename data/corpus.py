@@ -188,10 +188,13 @@ class Source:
             else:
                 self.left.add(NOT_A_STRING.format(self.text_field), place, row.n_bytes)
                 continue
+            licence = str(row.licence or self.licence)
             if b"\0" in data:
                 self.left.add(BINARY, place, len(data))
+            elif data and isinstance(row.text, str):  # known to be UTF-8
+                yield Document(place, data, self.name, licence)
             else:
-                yield from self._make(place, data, str(row.licence or self.licence))
+                yield from self._make(place, data, licence)
 
     def _make(self, name: str, data: bytes, licence: str) -> Iterator[Document]:
         if not data:
