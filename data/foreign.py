@@ -169,7 +169,14 @@ class ForeignStream:
     def _assemble(self, ids: np.ndarray) -> MicroBatch:
         n, eod_id = self._seq_len, self.tokenizer.eod_id
         while len(self._tokens) < len(ids) * n + 1:
-            encoded = self.tokenizer.encode(next(self._texts)).astype(np.int64)
+            where, text = next(self._texts)
+            encoded = self.tokenizer.encode(text).astype(np.int64)
+            if (encoded == eod_id).any():
+                raise DataError(
+                    f"{where}: its tokens hold the end-of-document token {eod_id} of {self.tokenizer.spec}, whose "
+                    f"vocabulary holds that token's text as a word, and the document would be cut there; take the text "
+                    f"out of the document, or train with another data.tokenizer"
+                )
             self._tokens = np.concatenate((self._tokens, encoded, np.array([eod_id], np.int64)))
         taken = self._tokens[: len(ids) * n + 1]
         self._tokens = self._tokens[len(ids) * n :]
@@ -179,8 +186,8 @@ class ForeignStream:
         arrays = (tokens.copy(), taken[1:].reshape(len(ids), n).copy(), doc_ids, np.ones_like(tokens, bool), ids.copy())
         return MicroBatch(*(torch.from_numpy(array) for array in arrays))
 
-    def _read_texts(self) -> Generator[str, None, None]:
-        """Yields this rank's texts, round and round."""
+    def _read_texts(self) -> Generator[tuple[str, str], None, None]:
+        """Yields this rank's texts with their file and name, round and round."""
         contents = survey(self._files)
         number = 0
         while True:
@@ -194,7 +201,7 @@ class ForeignStream:
                     number += 1
                     self.n_documents += not self._passed
                     if number % self._dp_size == self._dp_rank:
-                        yield document.text
+                        yield f"{file}: {document.name}", document.text
                 self._read_files += not self._passed
             if not number:
                 raise DataError(f"{self._files[0]} and on: no file holds a text any more; they changed since the start")

@@ -83,6 +83,27 @@ def test_it_cannot_be_resumed_and_says_so(folder: Path) -> None:
             stream.check_cursor(stream.cursor(1))
 
 
+def test_an_end_token_inside_a_document_is_named(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "[SEP]": 1, "document": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.save(str(folder / "words.json"))
+    text = b"first [SEP] second"
+    with tarfile.open(folder / "foreign-2.tar", "a") as tar:
+        info = tarfile.TarInfo("broken.txt")
+        info.size = len(text)
+        tar.addfile(info, io.BytesIO(text))
+    with (
+        ForeignStream(config(folder, tokenizer=str(folder / "words.json")), 0, 1, 4, 4) as stream,
+        pytest.raises(
+            DataError, match=r"foreign-2\.tar: broken\.txt: its tokens hold the end-of-document token 1 of words"
+        ),
+    ):
+        for step in range(3):
+            stream.read(step)
+
+
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tar file"):
         plain_tars(str(tmp_path / "none"))
