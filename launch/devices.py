@@ -1,4 +1,4 @@
-"""Whether this machine has the GPUs that a configuration insists on, found without importing torch."""
+"""Whether this machine has the GPUs that a configuration insists on, and room for its processes; without torch."""
 
 import glob
 import importlib.util
@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from cluster.cores import usable_cores
 from launch.config import Config
 
 
@@ -46,3 +47,19 @@ def torch_build() -> str:
         return ""
     match = re.search(r"__version__ = ['\"]([^'\"]+)", text)
     return match[1] if match else ""
+
+
+RANKS_PER_CORE = 8  # tests of many ranks on a small machine stay below; 1,024 processes on 2 cores stop the machine
+
+
+def local_process_problems(config: Config) -> list[str]:
+    """Whether this machine can hold the processes of the local launcher, each of which loads torch."""
+    cores, workers = usable_cores(), config.cluster.workers
+    most = max(16, RANKS_PER_CORE * cores)
+    if workers <= most:
+        return []
+    return [
+        f"cluster.workers = {workers}: the local launcher starts them all on this machine, which has {cores} "
+        f"cores and is given at most {most} processes; use cluster.workers={cores}, or --launcher ray or mpi on "
+        "as many nodes as the configuration is meant for"
+    ]

@@ -24,7 +24,7 @@ from launch.config import (
     secret_problems,
     world_size_for,
 )
-from launch.devices import device_problems
+from launch.devices import device_problems, local_process_problems
 from launch.identity import standing
 from launch.resume import checkpoints_left, differences, refused_changes, saved_config
 from launch.run_tokenizer import training_problems
@@ -203,22 +203,6 @@ def local_capacity_problems(config: Config) -> list[str]:
             "--address of a larger cluster, or --launcher local, which does not reserve cores"
         )
     return found
-
-
-RANKS_PER_CORE = 8  # tests of many ranks on a small machine stay below; 1,024 processes on 2 cores stop the machine
-
-
-def local_process_problems(config: Config) -> list[str]:
-    """Whether this machine can hold the processes of the local launcher, each of which loads torch."""
-    cores, workers = usable_cores(), config.cluster.workers
-    most = max(16, RANKS_PER_CORE * cores)
-    if workers <= most:
-        return []
-    return [
-        f"cluster.workers = {workers}: the local launcher starts them all on this machine, which has {cores} "
-        f"cores and is given at most {most} processes; use cluster.workers={cores}, or --launcher ray or mpi on "
-        "as many nodes as the configuration is meant for"
-    ]
 
 
 def _check_data(config: Config, problems: list[str], notes: list[str]) -> tuple[str, Description | None]:

