@@ -4,6 +4,7 @@ variables that lead Ray's client to another cluster. What those would get is rec
 import http.server
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,7 @@ def cluster(hostile, tmp_path_factory):
         head.send_signal(signal.SIGTERM)
         head.wait(30)
         end_processes(lambda: [pid for pid in everything if is_alive(pid)], grace_s=2.0)
+        shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
 
 def answers(port: int, token: Path) -> bool:
