@@ -183,7 +183,14 @@ class ForeignStream:
         tokens = taken[:-1].reshape(len(ids), n)
         doc_ids = np.cumsum(tokens == eod_id, axis=1)
         doc_ids -= doc_ids[:, :1]
-        arrays = (tokens.copy(), taken[1:].reshape(len(ids), n).copy(), doc_ids, np.ones_like(tokens, bool), ids.copy())
+        arrays = (
+            tokens.copy(),
+            taken[1:].reshape(len(ids), n).copy(),
+            doc_ids,
+            np.ones_like(tokens, bool),
+            ids.copy(),
+            np.ones_like(tokens, bool),
+        )
         return MicroBatch(*(torch.from_numpy(array) for array in arrays))
 
     def _read_texts(self) -> Generator[tuple[str, str], None, None]:

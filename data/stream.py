@@ -35,8 +35,10 @@ class MicroBatch(NamedTuple):
         tokens: (B, S) int64 inputs.
         targets: (B, S) int64, the token that follows each input.
         doc_ids: (B, S) int64, from 0 in each sequence, rising by one at each document's first place.
-        loss_mask: (B, S) bool, False where the position is padding and must not count.
+        loss_mask: (B, S) bool, False where the position's target does not enter the loss, as at padding.
         sequence_ids: (B,) int64.
+        real: (B, S) bool, False at padding and in a sequence that damage masks, where no document's token stands; None
+            where every position holds one. A token whose target does not enter the loss is real all the same.
     """
 
     tokens: torch.Tensor
@@ -44,10 +46,13 @@ class MicroBatch(NamedTuple):
     doc_ids: torch.Tensor
     loss_mask: torch.Tensor
     sequence_ids: torch.Tensor
+    real: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         """The same micro-batch on a device."""
-        return MicroBatch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+        return MicroBatch(
+            *(None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in self)  # type: ignore[arg-type]
+        )
 
 
 class Stream:
@@ -291,9 +296,10 @@ class Stream:
     def _assemble(self, ids: np.ndarray) -> list[MicroBatch]:
         """Reads sequences (n,) together and cuts them into micro-batches."""
         rows = self._assembler.read(ids, self.quarantined if self._on_damage == "quarantine" else None)
+        # What is laid out has a loss wherever a document's token stands: `real` is the loss mask here.
         tensors = (
             torch.from_numpy(array.reshape(-1, self._micro_batch_size, *array.shape[1:])).unbind()
-            for array in (*rows, ids)
+            for array in (*rows, ids, rows.loss_mask)
         )
         return list(map(MicroBatch._make, zip(*tensors, strict=True)))
 

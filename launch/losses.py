@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.real_tokens import same_document_ahead
 from model.transformer import ModelOutput
 
 
@@ -34,22 +35,33 @@ class Losses:
     sums: Tensor
 
 
-def target_masks(loss_mask: Tensor, depths: int) -> list[Tensor]:
+def target_masks(loss_mask: Tensor, depths: int, doc_ids: Tensor | None = None) -> list[Tensor]:
     """Which positions have a target, by depth: (B, S) bool each.
 
-    At depth k position t predicts what depth 0 predicts at t + k; the last k positions have no such target.
+    At depth k position t predicts what depth 0 predicts at t + k, where that is of the same document; the last k
+    positions of a sequence, and of each document in it, have no such target.
+
+    Args:
+        loss_mask: (B, S) bool, of depth 0.
+        depths: prediction modules.
+        doc_ids: (B, S) integers, non-decreasing along S; None for one document a sequence.
     """
     masks = [loss_mask]
     for depth in range(1, depths + 1):
         mask = torch.zeros_like(loss_mask)
-        mask[:, :-depth] = loss_mask[:, depth:]
+        ahead = loss_mask[:, depth:]
+        mask[:, :-depth] = ahead if doc_ids is None else ahead & same_document_ahead(doc_ids, depth)
         masks.append(mask)
     return masks
 
 
-def target_counts(loss_masks: Sequence[Tensor], depths: int) -> Tensor:
-    """(1 + depths,) int64: targets by depth in one rank's micro-batches of a step, from their (B, S) loss masks."""
-    per_batch = [[int(mask.sum()) for mask in target_masks(loss_mask, depths)] for loss_mask in loss_masks]
+def target_counts(loss_masks: Sequence[Tensor], depths: int, doc_ids: Sequence[Tensor | None] | None = None) -> Tensor:
+    """(1 + depths,) int64: targets by depth in one rank's micro-batches of a step, from what `target_masks` takes."""
+    documents = [None] * len(loss_masks) if doc_ids is None else doc_ids
+    per_batch = [
+        [int(mask.sum()) for mask in target_masks(loss_mask, depths, ids)]
+        for loss_mask, ids in zip(loss_masks, documents, strict=True)
+    ]
     return torch.tensor(per_batch, dtype=torch.int64).sum(0)
 
 
@@ -79,6 +91,7 @@ def compute_losses(
     n_sequences: int,
     weights: Weights,
     balance_loss: Tensor | None = None,
+    doc_ids: Tensor | None = None,
 ) -> Losses:
     """Combines main, multi-token-prediction and balance losses.
 
@@ -86,22 +99,23 @@ def compute_losses(
         output: of one micro-batch, with token losses.
         loss_mask: (B, S) bool on the model's device.
         global_counts: targets by depth over the whole global batch.
-        n_sequences: sequences in the global batch.
+        n_sequences: sequences in the global batch that hold a real token.
         weights: see `Weights`.
         balance_loss: this micro-batch's `batch_balance`, where wanted.
+        doc_ids: (B, S) of the micro-batch; None for one document a sequence.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), equations 17-20 (sequence balance) and 24-25 (multi-token prediction).
     """
     assert output.token_losses is not None, "the model was called without targets"
     per_depth = [output.token_losses, *output.mtp_token_losses]
-    masks = target_masks(loss_mask, len(per_depth) - 1)
+    masks = target_masks(loss_mask, len(per_depth) - 1, doc_ids)
     sums = [(losses * mask).sum() for losses, mask in zip(per_depth, masks, strict=True)]
     total = sums[0] / max(1, global_counts[0])
     for depth in range(1, len(sums)):
         total = total + sums[depth] * (weights.mtp / (len(sums) - 1) / max(1, global_counts[depth]))
     balance = output.routing.sequence_balance
     if weights.sequence_balance > 0:
-        total = total + balance * (weights.sequence_balance / n_sequences)
+        total = total + balance * (weights.sequence_balance / max(1, n_sequences))
     if balance_loss is not None:
         total = total + balance_loss * weights.batch_balance
     sums += [balance, balance.new_zeros(()) if balance_loss is None else balance_loss]

@@ -66,7 +66,9 @@ def _look(session: Session, batches: Sequence[MicroBatch]) -> dict[str, Any]:
         with torch.no_grad():
             for number, batch in enumerate(batches):
                 batch = batch.to(session.device)
-                output = session.engine.forward(tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets)
+                output = session.engine.forward(
+                    tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, real=batch.real
+                )
                 assert output.token_losses is not None
                 mean = (output.token_losses * batch.loss_mask).sum(1) / batch.loss_mask.sum(1).clamp_min(1)
                 finite = [loss if math.isfinite(loss) else None for loss in mean.tolist()]

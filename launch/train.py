@@ -49,11 +49,11 @@ def train(session: Session, first_step: int) -> dict:
             session.at("forward", step + 1)
             with SampleNames(step, batch):
                 output = engine.forward(
-                    tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, collect=collect
+                    tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, collect=collect, real=batch.real
                 )
                 losses = compute_losses(
-                    output, batch.loss_mask, agreed.targets, config.train.global_batch_size, weights,
-                    choices.balance_loss(output.routing),
+                    output, batch.loss_mask, agreed.targets, agreed.sequences, weights,
+                    choices.balance_loss(output.routing), batch.doc_ids,
                 )  # fmt: skip
                 session.at("backward", step + 1, session.model)
                 engine.backward(losses.total, last=number == len(batches) - 1)
@@ -93,7 +93,7 @@ def train(session: Session, first_step: int) -> dict:
             "skipped": not verdict.keep, **session.speed.judge(step + 1, sums.own_seconds, counts),
             **session.feed.figures(), **evaluated,
         }  # fmt: skip
-        session.telemetry.log_step(meter.record(step, sums, agreed.targets, lr, bias_rate, counts, extra))
+        session.telemetry.log_step(meter.record(step, sums, agreed, lr, bias_rate, counts, extra))
         tell_data(session, step + 1)
         if verdict.then != "go on":
             session.saves.settle()
@@ -140,7 +140,9 @@ class BatchChoices:
 
     def _forward(self, step: int, batch: MicroBatch) -> Tensor:
         with SampleNames(step, batch):
-            output = self._session.engine.forward(tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets)
+            output = self._session.engine.forward(
+                tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, real=batch.real
+            )
         return output.routing.tokens_per_expert.cpu()
 
     def balance_loss(self, routing: RoutingStats) -> Tensor | None:
@@ -154,9 +156,12 @@ class BatchChoices:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know at the start of a step: targets by depth, hash of the sequences read, whether to stop."""
+    """What all ranks know at the start of a step: targets by depth, real tokens, sequences that hold one, hash of the
+    sequences read, whether to stop."""
 
     targets: list[int]
+    real_tokens: int
+    sequences: int
     consumed: int
     stop: bool
 
@@ -196,8 +201,10 @@ def agree_on_step(session: Session, step: int, batches: list[MicroBatch], troubl
     depths, stream = session.config.model.num_nextn_predict_layers, session.stream
     targets = torch.zeros(depths + 1, dtype=torch.int64)
     consumed = 0
+    real = torch.zeros(2, dtype=torch.int64)
     if trouble is None:
-        targets = target_counts([batch.loss_mask for batch in batches], depths)
+        targets = target_counts([batch.loss_mask for batch in batches], depths, [batch.doc_ids for batch in batches])
+        real = torch.tensor([count_real(batch) for batch in batches], dtype=torch.int64).sum(0)
         consumed = stream.consumed_hash(step)
     own = torch.tensor(
         [
@@ -207,7 +214,8 @@ def agree_on_step(session: Session, step: int, batches: list[MicroBatch], troubl
         dtype=torch.int64,
     )  # fmt: skip
     session.speed.clock.mark("agree")
-    *total, consumed, masked, failed, stop, saved = session.ranks.dp.all_reduce(torch.cat((targets, own))).tolist()
+    agreed = session.ranks.dp.all_reduce(torch.cat((targets, real, own))).tolist()
+    *total, real_tokens, sequences, consumed, masked, failed, stop, saved = agreed
     if trouble is not None:
         raise trouble
     if failed:
@@ -218,7 +226,14 @@ def agree_on_step(session: Session, step: int, batches: list[MicroBatch], troubl
     session.masked = stream.check_damage(masked)
     if session.masked > before:
         session.telemetry.event("fault", cause="damaged samples: sequences masked", step=step + 1, total=session.masked)
-    return Agreement(total, consumed, stop > 0)
+    return Agreement(total, real_tokens, sequences, consumed, stop > 0)
+
+
+def count_real(batch: MicroBatch) -> tuple[int, int]:
+    """Real tokens of a micro-batch, and sequences that hold one."""
+    if batch.real is None:
+        return batch.tokens.numel(), batch.tokens.shape[0]
+    return int(batch.real.sum()), int(batch.real.any(1).sum())
 
 
 class SampleNames:
@@ -254,11 +269,11 @@ class Meter:
         return self.steps_recorded == 0 or (step + 1) % every == 0
 
     def record(
-        self, step: int, sums: GlobalStats, targets: list[int], lr: float, bias_rate: float, counts: Tensor,
+        self, step: int, sums: GlobalStats, agreed: Agreement, lr: float, bias_rate: float, counts: Tensor,
         extra: dict[str, Any],
     ) -> StepRecord:  # fmt: skip
-        """One step's record; `sums`, `targets` and `counts` are global, `extra` are further figures."""
-        session = self.session
+        """One step's record; `sums`, `agreed` and `counts` are global, `extra` are further figures."""
+        session, targets = self.session, agreed.targets
         now = time.perf_counter()
         seconds, self.last = now - self.last - extra.get("evaluation_seconds", 0.0), now
         self.steps_recorded += 1
@@ -266,7 +281,6 @@ class Meter:
         world_size = session.ranks.layout.world_size
         depths = len(targets) - 1
         mtp = sum(sums.losses[k] / max(1, targets[k]) for k in range(1, depths + 1)) / depths if depths else None
-        positions = config.train.global_batch_size * config.data.seq_len
         n_layers = max(1, counts.shape[0])
         routed_tokens = counts.sum(-1).double() / config.model.num_experts_per_tok  # (M,)
         return StepRecord(
@@ -274,12 +288,12 @@ class Meter:
             tokens=session.tokens,
             loss=sums.losses[0] / max(1, targets[0]),
             mtp_loss=mtp,
-            sequence_balance=sums.sequence_balance / config.train.global_batch_size / n_layers,
+            sequence_balance=sums.sequence_balance / max(1, agreed.sequences) / n_layers,
             grad_norm=session.engine.grad_norm(),
             lr=lr,
             step_seconds=seconds,
             tokens_per_second=targets[0] / seconds,
-            mfu=self.flops_per_token * positions / seconds / (self.peak * world_size),
+            mfu=self.flops_per_token * agreed.real_tokens / seconds / (self.peak * world_size),
             memory_gib=memory_gib(session.device),
             data_wait_seconds=session.stream.wait_seconds,
             all_to_all_seconds=sums.all_to_all_seconds,

@@ -26,6 +26,11 @@ def document_mask(doc_ids: Tensor | None) -> Tensor | None:
     """
     if doc_ids is None or bool((doc_ids[:, :1] == doc_ids[:, -1:]).all()):
         return None
+    return inside_documents(doc_ids)
+
+
+def inside_documents(doc_ids: Tensor) -> Tensor:
+    """The mask of `document_mask`, whatever the ids are; it asks the device nothing."""
     seq_len = doc_ids.shape[1]
     causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=doc_ids.device).tril_()
     return (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]).logical_and_(causal)

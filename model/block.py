@@ -13,6 +13,7 @@ from model.exchange import Exchange
 from model.layers import RMSNorm
 from model.mlp import MLP
 from model.moe import MoE
+from model.real_tokens import RealTokens
 from model.router import RoutingMemory
 
 
@@ -38,9 +39,15 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, memory: RoutingMemory | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        memory: RoutingMemory | None = None,
+        real: RealTokens | None = None,
     ) -> tuple[Tensor, ...]:
-        """Args: x (B, S, D); cos, sin, mask as in Attention; memory as in MoE.
+        """Args: x (B, S, D); cos, sin, mask as in Attention; memory and real as in MoE.
 
         Returns:
             (x (B, S, D),) of a dense layer; with experts also the fields of LayerStats.
@@ -49,5 +56,5 @@ class Block(nn.Module):
         normed = self.post_attention_layernorm(x)
         if self.dense:
             return (x + self.mlp(normed),)
-        out, *statistics = self.mlp(normed, memory)
+        out, *statistics = self.mlp(normed, memory, real)
         return (x + out, *statistics)

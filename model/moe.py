@@ -15,6 +15,7 @@ from kernels.experts import experts_mlp
 from model.config import ModelConfig
 from model.exchange import Exchange
 from model.mlp import MLP
+from model.real_tokens import RealTokens
 from model.router import Router, RoutingMemory
 
 
@@ -134,21 +135,29 @@ class MoE(nn.Module):
         slots = torch.tensor(row, device=self.gate.e_score_correction_bias.device).argsort()
         self.slot_of_expert = None if row == in_order else slots
 
-    def forward(self, x: Tensor, memory: RoutingMemory | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, memory: RoutingMemory | None = None, real: RealTokens | None = None
+    ) -> tuple[Tensor, ...]:
         """Route, then exchange and compute; the shared experts work while rows travel.
 
         Args:
             x: (B, S, D).
             memory: of this layer in this forward.
+            real: the tokens that there are, None for all. Other positions go to no expert, shared or routed, and
+                nothing counts them; the output is zero there.
 
         Returns:
             (B, S, D), then the fields of LayerStats.
         """
-        topk_ids, topk_weights, *stats = self.gate(x, memory)
         tokens = x.reshape(-1, x.shape[-1])  # (T, D)
+        if real is not None:
+            tokens = real.take(tokens)  # (N, D); from here on T is N
+        topk_ids, topk_weights, *stats = self.gate(x if real is None else tokens, memory, real)
         slots = topk_ids if self.slot_of_expert is None else self.slot_of_expert[topk_ids]  # (T, K)
         shared = None if self.shared_experts is None else partial(self.shared_experts, tokens)
         out, aside = self.experts(tokens, slots, topk_weights, self.n_routed_experts, self.exchange, shared, self.label)
         if aside is not None:
             out = out + aside
+        if real is not None:
+            out = real.spread(out)
         return (out.view_as(x), *stats)

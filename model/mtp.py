@@ -11,6 +11,7 @@ from model.block import Block
 from model.config import ModelConfig
 from model.exchange import Exchange
 from model.layers import Linear, RMSNorm
+from model.real_tokens import RealTokens
 from model.router import RoutingMemory
 
 
@@ -46,6 +47,7 @@ class MultiTokenPrediction(nn.Module):
         sin: Tensor,
         mask: Tensor | None,
         memory: RoutingMemory | None = None,
+        real: RealTokens | None = None,
     ) -> tuple[Tensor, ...]:
         """Go one depth further.
 
@@ -53,10 +55,11 @@ class MultiTokenPrediction(nn.Module):
             hidden: (B, S', D), depth k-1 at position t, as its head sees it.
             ahead: (B, S', D), embedding of token t+k.
             cos, sin, mask, memory: as in Block, for S' positions.
+            real: positions t whose token t+k is of the same document; None for all. The others go to no expert.
 
         Returns:
             hidden (B, S', D) of depth k, normalised for the head, then Block's statistics.
         """
         joined = self.eh_proj(torch.cat([self.enorm(ahead), self.hnorm(hidden)], dim=-1))  # (B, S', D)
-        hidden, *statistics = self.block(joined, cos, sin, mask, memory)
+        hidden, *statistics = self.block(joined, cos, sin, mask, memory, real)
         return (self.norm(hidden), *statistics)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.bias_histogram import bias_needed, histogram
 from model.config import ModelConfig
+from model.real_tokens import RealTokens
 from model.routing_stats import Collect, LayerStats, count_pairs, entropy_sum
 
 
@@ -53,25 +54,27 @@ class Router(nn.Module):
             self.e_score_correction_bias = exact.to(moved.device)
         return self
 
-    def forward(self, x: Tensor, memory: RoutingMemory | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, memory: RoutingMemory | None = None, real: RealTokens | None = None
+    ) -> tuple[Tensor, ...]:
         """Score, choose, weigh, count.
 
         Args:
-            x: (B, S, D).
+            x: (B, S, D); with `real` (N, D), the real tokens alone, and T is N below.
             memory: where given, the choice is left in it; a forward that finds one there is a recomputation: it takes
                 that choice, and of the statistics makes those with a gradient only.
+            real: where the tokens stand in their sequences; None where every position holds one.
 
         Returns:
             topk_ids (T, K) int64, topk_weights (T, K) fp32 with gradient, then the fields of LayerStats; a plain tuple.
         """
         # Autocast would round the sums of scores and the counts of pairs, which are products too, to bfloat16.
         with torch.autocast(x.device.type, enabled=False):
-            return self._route(x, memory or RoutingMemory())
+            return self._route(x, memory or RoutingMemory(), real)
 
-    def _route(self, x: Tensor, memory: RoutingMemory) -> tuple[Tensor, ...]:
+    def _route(self, x: Tensor, memory: RoutingMemory, real: RealTokens | None) -> tuple[Tensor, ...]:
         config = self.config
-        batch, seq_len, width = x.shape
-        logits = F.linear(x.reshape(-1, width).float(), self.weight.float())  # (T, E)
+        logits = F.linear(x.reshape(-1, x.shape[-1]).float(), self.weight.float())  # (T, E)
         scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
         topk_ids, recomputed = memory.topk_ids, memory.topk_ids is not None
         plain = scores.detach()
@@ -79,14 +82,22 @@ class Router(nn.Module):
         if topk_ids is None:
             topk_ids = memory.topk_ids = (self.choose or choose_experts)(plain, bias, config)
         topk_weights = weigh(scores, topk_ids, config)
-        counts = count_tokens(topk_ids.view(batch, -1), config.n_routed_experts)  # (B, E)
-        by_sequence = scores.view(batch, seq_len, -1)
-        inverse_sums = by_sequence.sum(-1).add(1e-20).reciprocal()  # (B, S)
+        inverse_sums = scores.sum(-1).add(1e-20).reciprocal()  # (T,)
+        if real is None:
+            batch, seq_len = x.shape[:2]
+            lengths: int | Tensor = seq_len
+            counts = count_tokens(topk_ids.view(batch, -1), config.n_routed_experts)  # (B, E)
+            by_position = inverse_sums, scores
+        else:
+            batch, seq_len, lengths = real.batch, real.seq_len, real.lengths
+            counts = count_by_sequence(topk_ids, real, config.n_routed_experts)
+            by_position = real.spread(inverse_sums), real.spread(scores)  # zero at padding: it adds nothing
+        by_sequence = by_position[1].view(batch, seq_len, -1)
         # sum_t(s_ti / sum_j s_tj), as one product of the (S) inverse sums with the (S, E) scores for each sequence
-        score_sums = torch.bmm(inverse_sums.unsqueeze(1), by_sequence).squeeze(1)  # (B, E)
-        balance = sequence_balance(score_sums, counts, config.num_experts_per_tok, seq_len)
+        score_sums = torch.bmm(by_position[0].view(batch, 1, seq_len), by_sequence).squeeze(1)  # (B, E)
+        balance = sequence_balance(score_sums, counts, config.num_experts_per_tok, lengths)
         with torch.no_grad():
-            observed = self._observe(plain, inverse_sums.detach().flatten(), topk_ids, bias, memory.collect, recomputed)
+            observed = self._observe(plain, inverse_sums.detach(), topk_ids, bias, memory.collect, recomputed)
         changed, entropy, needs, pairs = observed
         stats = LayerStats(counts.sum(0), balance, changed, score_sums.sum(0), entropy, needs, pairs)
         return (topk_ids, topk_weights, *stats)
@@ -155,20 +166,32 @@ def count_tokens(ids: Tensor, n_experts: int) -> Tensor:
     return counts.scatter_add_(1, ids, torch.ones_like(ids))
 
 
-def sequence_balance(score_sums: Tensor, counts: Tensor, top_k: int, seq_len: int) -> Tensor:
+def count_by_sequence(topk_ids: Tensor, real: RealTokens, n_experts: int) -> Tensor:
+    """How often each expert was chosen in each sequence by its real tokens: (N, K) -> (B, E) int64."""
+    places = (real.sequence.unsqueeze(1) * n_experts + topk_ids).flatten()
+    counts = topk_ids.new_zeros(real.batch * n_experts)
+    return counts.scatter_add_(0, places, torch.ones_like(places)).view(real.batch, n_experts)
+
+
+def sequence_balance(score_sums: Tensor, counts: Tensor, top_k: int, lengths: int | Tensor) -> Tensor:
     """Sequence-wise balance: sum over sequences of sum_i f_i P_i, without its coefficient.
 
     f_i = E / (K S) * (tokens of the sequence that chose expert i), P_i = mean over the sequence of the score
-    normalised over all experts. It is 1 for a sequence in perfect balance.
+    normalised over all experts. It is 1 for a sequence in perfect balance, and 0 for one that is all padding.
 
     Args:
         score_sums: (B, E) fp32, with gradient: the sequence's normalised scores, summed over its S tokens.
         counts: (B, E) int64, of the choices that were made, bias included.
+        lengths: S, or (B,) int64 real tokens of each sequence where these differ.
 
     Source: DeepSeek-V3 (arXiv 2412.19437) equations 17-20.
     """
-    frequency = counts.float() * (counts.shape[-1] / (top_k * seq_len))  # (B, E)
-    return (frequency * score_sums).sum() / seq_len
+    if isinstance(lengths, Tensor):
+        each = lengths.clamp_min(1).float().unsqueeze(1)  # (B, 1)
+        frequency = counts.float() * (counts.shape[-1] / (top_k * each))  # (B, E)
+        return (frequency * score_sums / each).sum()
+    frequency = counts.float() * (counts.shape[-1] / (top_k * lengths))  # (B, E)
+    return (frequency * score_sums).sum() / lengths
 
 
 @torch.no_grad()

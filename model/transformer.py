@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import document_mask
+from model.attention import inside_documents
 from model.block import Block
 from model.config import ModelConfig
 from model.exchange import Exchange
 from model.layers import Embedding, Head, RMSNorm
 from model.mtp import MultiTokenPrediction
 from model.positions import rotary_tables
+from model.real_tokens import RealTokens, find_real
 from model.router import RoutingMemory
 from model.routing_stats import Collect, RoutingStats, stack_layers
 
@@ -27,7 +28,10 @@ class ModelOutput(NamedTuple):
 
     logits: Tensor | None  # (B, S, V), None where targets were given
     token_losses: Tensor | None  # (B, S) fp32, cross-entropy of each target, nats; None where no targets were given
-    mtp_token_losses: tuple[Tensor, ...]  # depth k = 1..: (B, S) fp32, loss of targets[t+k]; the last k positions are 0
+    mtp_token_losses: tuple[
+        Tensor, ...
+    ]  # depth k = 1..: (B, S) fp32, loss of targets[t+k]; the last k positions are 0, and
+    # where token t+k is of another document the number means nothing and must be masked (launch/losses.py)
     routing: RoutingStats
 
 
@@ -72,6 +76,7 @@ class Transformer(nn.Module):
         doc_ids: Tensor | None = None,
         targets: Tensor | None = None,
         collect: Collect | None = None,
+        real: Tensor | None = None,
     ) -> ModelOutput:
         """Predict, or measure the prediction.
 
@@ -81,26 +86,29 @@ class Transformer(nn.Module):
             targets: (B, S) int64 in [0, V), the token after each position. With it the output has losses and the
                 prediction modules run; without it logits, and they do not.
             collect: statistics beyond those that are always made.
+            real: (B, S) bool, False at padding, which goes to no expert and which no statistic counts; None where there
+                is none. A position whose target merely does not enter the loss is real.
         """
-        mask = document_mask(doc_ids)
+        depths = range(0) if targets is None else self._prediction_depths(tokens.shape[1])
+        several, found = find_real(real, doc_ids, len(depths))
+        mask = inside_documents(doc_ids) if doc_ids is not None and several else None
         cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         embedded = self.embed_tokens(tokens)  # (B, S, D)
         hidden = embedded
         statistics: list[tuple[Tensor, ...]] = []
         for layer in self.layers:
-            hidden, *of_layer = self._run(collect, layer, hidden, cos, sin, mask)
+            hidden, *of_layer = self._run(collect, found[0], layer, hidden, cos, sin, mask)
             if of_layer:
                 statistics.append(tuple(of_layer))
         hidden = self.norm(hidden)
         if targets is None:
             return ModelOutput(self.lm_head(hidden), None, (), self._stack(statistics, tokens.device))
         rows, row_targets = [hidden.flatten(0, 1)], [targets.flatten()]
-        depths = self._prediction_depths(tokens.shape[1])
         for k in depths:
             hidden, ahead = hidden[:, :-1], embedded[:, k:]  # (B, S-k, D)
             cos, sin = cos[:-1], sin[:-1]
             mask = None if mask is None else mask[:, :, :-1, :-1]
-            hidden, *of_layer = self._run(collect, self.mtp[k - 1], hidden, ahead, cos, sin, mask)
+            hidden, *of_layer = self._run(collect, found[k], self.mtp[k - 1], hidden, ahead, cos, sin, mask)
             statistics.append(tuple(of_layer))
             rows.append(hidden.flatten(0, 1))
             row_targets.append(targets[:, k:].flatten())
@@ -118,15 +126,17 @@ class Transformer(nn.Module):
             )
         return range(1, len(self.mtp) + 1)
 
-    def _run(self, collect: Collect | None, layer: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def _run(
+        self, collect: Collect | None, real: RealTokens | None, layer: nn.Module, *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
         memory = RoutingMemory(collect)
         if not (self.recompute and torch.is_grad_enabled()):
-            return cast(tuple[Tensor, ...], layer(*inputs, memory))
+            return cast(tuple[Tensor, ...], layer(*inputs, memory, real))
         # Reentrant: the layer is repeated as a whole, with all of its collectives, before any of its gradients. The
         # other kind repeats it inside the first gradient's computation, where ZeRO stage 3 has just gathered a weight:
         # the repeated forward releases it again. No random numbers to restore.
         return cast(
-            tuple[Tensor, ...], checkpoint(layer, *inputs, memory, use_reentrant=True, preserve_rng_state=False)
+            tuple[Tensor, ...], checkpoint(layer, *inputs, memory, real, use_reentrant=True, preserve_rng_state=False)
         )
 
     def _stack(self, statistics: list[tuple[Tensor, ...]], device: torch.device) -> RoutingStats:

@@ -162,21 +162,25 @@ class Prompter:
         self.tokens = kwargs["tokens"] if "tokens" in kwargs else args[0]
 
     def _prompt(self, row: int, gate: nn.Module, args: tuple) -> tuple:
-        hidden, memory = args
+        hidden, memory, real = args if len(args) == 3 else (*args, None)
         if memory is None:  # generation through a cache: its choices are its own, and count nowhere
             return args
-        features = self.script.features(row, self.tokens[:, self.tokens.shape[1] - hidden.shape[1] :])
+        depth = max(0, row - self.config.num_hidden_layers + 1)
+        features = self.script.features(row, self.tokens[:, depth:])
+        if real is not None:
+            features = real.take(features.flatten(0, 1))
         again = memory is not None and memory.topk_ids is not None
-        return (-features if again else features).requires_grad_(hidden.requires_grad), memory
+        return (-features if again else features).requires_grad_(hidden.requires_grad), memory, real
 
     @torch.no_grad()
     def _look(self, row: int, gate: nn.Module, args: tuple, outputs: tuple) -> None:
-        (features, memory), (ids, weights) = args, outputs[:2]
+        features, memory = args[:2]
+        ids, weights = outputs[:2]
         if memory is None:
             return
         first = memory.__dict__.setdefault("first_choice", ids)
         assert torch.equal(ids, first), f"MoE layer {row}: a recomputed forward made another choice than the first"
-        chosen = self.script.scores(row, features.flatten(0, 1)).gather(1, ids)
+        chosen = self.script.scores(row, features.reshape(-1, features.shape[-1])).gather(1, ids)
         expected = chosen / chosen.sum(-1, keepdim=True) * self.config.routed_scaling_factor
         assert torch.allclose(weights, expected, rtol=1e-5), f"MoE layer {row}: weights are not those of plain scores"
         assert outputs[2].dtype == torch.int64, f"MoE layer {row}: tokens are counted in {outputs[2].dtype}"

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from data.stream import MicroBatch
 from launch.feed import open_feed
 from model.config import ModelConfig
 from model.routing_stats import stack_layers
@@ -20,14 +20,27 @@ from parallel.threads import run_virtual_ranks
 from tests.ranks.contract import ALONE, Layout, Scenario, Script, Step, play
 
 
-def global_tokens(scenario: Scenario, data: Path) -> list[Tensor]:
-    """Every step's tokens, (SEQUENCES, S) int64, read by one rank."""
+def global_batches(scenario: Scenario, data: Path) -> list[MicroBatch]:
+    """Every step's sequences, read by one rank."""
     steps = scenario.segments[-1][1]
     feed = open_feed(scenario.config(data, ALONE, steps), 0, 1)
     try:
-        return [feed.stream.read(step)[0].tokens for step in range(steps)]
+        return [feed.stream.read(step)[0] for step in range(steps)]
     finally:
         feed.close()
+
+
+def working(batch: MicroBatch, depth: int) -> np.ndarray:
+    """(B * (S - depth),) bool: real tokens whose token `depth` places ahead is real and of the same document."""
+    n_sequences, length = batch.tokens.shape
+    real, documents = batch.real.tolist(), batch.doc_ids.tolist()
+    return np.array(
+        [
+            real[b][t] and real[b][t + depth] and documents[b][t] == documents[b][t + depth]
+            for b in range(n_sequences)
+            for t in range(length - depth)
+        ]
+    )
 
 
 def choices(biased: np.ndarray, config: ModelConfig) -> np.ndarray:
@@ -115,11 +128,12 @@ def check_steps(scenario: Scenario, data: Path, steps: list[Step]) -> None:
     bias = np.zeros((len(config.moe_layers), config.n_routed_experts), dtype=np.float32)
     kept, raised = 0, RaisedRate(balance)
     assert [step.step for step in steps] == list(range(scenario.segments[-1][1]))
-    for step, tokens in zip(steps, global_tokens(scenario, data), strict=True):
+    for step, batch in zip(steps, global_batches(scenario, data), strict=True):
         counts, needs = [], []
         for row in range(len(config.moe_layers)):
             depth = max(0, row - config.num_hidden_layers + 1)
-            scores = script.scores(row, script.features(row, tokens[:, depth:]).flatten(0, 1)).numpy()
+            scores = script.scores(row, script.features(row, batch.tokens[:, depth:]).flatten(0, 1)).numpy()
+            scores = scores[working(batch, depth)]
             biased = scores + bias[row]
             counts.append(choices(biased, config).sum(0))
             ends = np.sort(biased, axis=1)[:, -config.num_experts_per_tok - 1 :][:, :2].mean(1, keepdims=True)

@@ -35,12 +35,13 @@ PLAIN = ParallelConfig()
 
 
 class Batch(NamedTuple):
-    """Sequences: tokens, targets, doc_ids (B, S) int64; loss_mask (B, S) bool."""
+    """Sequences: tokens, targets, doc_ids (B, S) int64; loss_mask, real (B, S) bool."""
 
     tokens: Tensor
     targets: Tensor
     doc_ids: Tensor
     loss_mask: Tensor
+    real: Tensor
 
 
 def global_batch(step: int) -> Batch:
@@ -50,8 +51,12 @@ def global_batch(step: int) -> Batch:
     stream[:, :4] = 7  # a common beginning, so that routing is far from even
     doc_ids = (torch.arange(LENGTH).expand(SEQUENCES, -1) >= torch.arange(SEQUENCES).unsqueeze(1) + 3).long()
     loss_mask = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
-    loss_mask[1, 10:] = False
-    return Batch(stream[:, :-1], stream[:, 1:], doc_ids, loss_mask)
+    loss_mask[0, 5:] = False  # tokens that are real and yet have no loss
+    real = torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
+    real[1, 10:] = False
+    real[[3, 7]] = False  # all that rank 3 of 4 has
+    loss_mask &= real
+    return Batch(stream[:, :-1], stream[:, 1:], doc_ids, loss_mask, real)
 
 
 def my_batches(step: int, rank: int, world_size: int, accumulation: int) -> list[Batch]:
@@ -89,7 +94,7 @@ class NearTies:
 
     @torch.no_grad()
     def _look(self, router: Any, inputs: tuple, outputs: tuple) -> None:
-        scores = (inputs[0].flatten(0, 1) @ router.weight.T).sigmoid()
+        scores = (inputs[0].reshape(-1, inputs[0].shape[-1]) @ router.weight.T).sigmoid()
         generator = torch.Generator().manual_seed(0)
         for _ in range(8):
             moved = scores + (torch.rand(scores.shape, generator=generator) * 2 - 1) * self.width
@@ -113,12 +118,26 @@ def train(
     for step in steps:
         batches = my_batches(step, ranks.layout.rank, ranks.layout.world_size, accumulation)
         counts = ranks.dp.all_reduce(
-            target_counts([batch.loss_mask for batch in batches], MODEL.num_nextn_predict_layers)
+            target_counts(
+                [batch.loss_mask for batch in batches],
+                MODEL.num_nextn_predict_layers,
+                [batch.doc_ids for batch in batches],
+            )
         ).tolist()
+        n_sequences = int(global_batch(step).real.any(1).sum())
         sums = 0
         for i, batch in enumerate(batches):
-            output = engine.forward(tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, collect=collect)
-            losses = compute_losses(output, batch.loss_mask, counts, SEQUENCES, Weights(0.3, BALANCE.seq_aux_loss_coef))
+            output = engine.forward(
+                tokens=batch.tokens, doc_ids=batch.doc_ids, targets=batch.targets, collect=collect, real=batch.real
+            )
+            losses = compute_losses(
+                output,
+                batch.loss_mask,
+                counts,
+                n_sequences,
+                Weights(0.3, BALANCE.seq_aux_loss_coef),
+                doc_ids=batch.doc_ids,
+            )
             engine.backward(losses.total, last=i == len(batches) - 1)
             sums = sums + losses.sums
             balancer.add(output.routing)

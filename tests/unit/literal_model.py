@@ -56,12 +56,14 @@ class Literal:
         """Loss by depth and position: [0] of the main head (S of them), [k] of module k (S - k of them)."""
         embedded = [self.w["embed_tokens.weight"][token] for token in tokens]
         hidden = embedded
+        self.works = [True] * len(tokens)
         for i in range(self.config.num_hidden_layers):
             hidden = self._layer(f"layers.{i}", hidden, docs, dense=i < self.config.first_k_dense_replace)
         hidden = [self._norm("norm", h) for h in hidden]
         result = [[self._nll(h, targets[t]) for t, h in enumerate(hidden)]]
         for k in range(1, self.config.num_nextn_predict_layers + 1):
             path = f"mtp.{k - 1}"
+            self.works = [docs[t] == docs[t + k] for t in range(len(tokens) - k)]
             joined = []
             for t in range(len(tokens) - k):
                 both = torch.cat([self._norm(f"{path}.enorm", embedded[t + k]), self._norm(f"{path}.hnorm", hidden[t])])
@@ -164,7 +166,10 @@ class Literal:
         c, path = self.config, f"{layer}.mlp"
         bias = self.w[f"{path}.gate.e_score_correction_bias"].tolist()
         out, all_scores, counts = [], [], [0] * c.n_routed_experts
-        for x in xs:
+        for x, works in zip(xs, self.works, strict=True):
+            if not works:  # the token ahead is of another document
+                out.append(torch.zeros_like(x))
+                continue
             logits = self.w[f"{path}.gate.weight"] @ x
             scores = (torch.sigmoid(logits) if c.scoring_func == "sigmoid" else torch.softmax(logits, 0)).tolist()
             chosen = choose(scores, bias if c.topk_method == "noaux_tc" else None, c)
@@ -181,8 +186,8 @@ class Literal:
             out.append(y)
             all_scores.append(scores)
         for e in range(c.n_routed_experts):
-            frequency = c.n_routed_experts / (c.num_experts_per_tok * len(xs)) * counts[e]
-            probability = sum(s[e] / sum(s) for s in all_scores) / len(xs)
+            frequency = c.n_routed_experts / (c.num_experts_per_tok * len(all_scores)) * counts[e]
+            probability = sum(s[e] / sum(s) for s in all_scores) / len(all_scores)
             self.balance += frequency * probability
             self.counts[layer][e] += counts[e]
         return out

@@ -55,6 +55,7 @@ def test_contents_equal_a_naive_reading(
                     "torch.int64",
                     "torch.bool",
                     "torch.int64",
+                    "torch.bool",
                 ]
             for sequence, rows in by_sequence(micro_batches).items():
                 assert dict(zip(MicroBatch._fields, rows, strict=False)) == reference_sequence(dataset, plan, sequence)

@@ -41,7 +41,7 @@ class Gate:
     def __init__(self) -> None:
         self.with_gradient: list[bool] = []
 
-    def forward(self, tokens: torch.Tensor, doc_ids: torch.Tensor, targets: torch.Tensor) -> Any:
+    def forward(self, tokens: torch.Tensor, doc_ids: torch.Tensor, targets: torch.Tensor, real: Any) -> Any:
         self.with_gradient.append(torch.is_grad_enabled())
         if (tokens < 0).any():
             raise NonFiniteError("layers.0", "output", None, "all of them")
