@@ -21,6 +21,8 @@ from launch.feed import Feed
 from parallel.communicator import Communicator
 from parallel.engine import Engine
 
+TOKENS_TOGETHER = 4096  # of one forward, where training's micro-batches are smaller: without gradients they need less
+
 
 @dataclass(frozen=True)
 class HeldoutFigures:
@@ -115,7 +117,8 @@ def open_heldout(config: Config, feed: Feed, ranks: Communicator, device: torch.
     Raises:
         ConfigError: there are none. DataError: one is damaged.
     """
-    every, window, rows = config.train.evaluate_every_steps, config.data.seq_len, config.train.micro_batch_size
+    every, window = config.train.evaluate_every_steps, config.data.seq_len
+    rows = max(config.train.micro_batch_size, TOKENS_TOGETHER // window)
     if not every or feed.dataset is None:
         return Heldout(0, config.train.steps, [], 0, rows, window, 0, 0, ranks, device)
     eod_id = feed.dataset.manifest.eod_id

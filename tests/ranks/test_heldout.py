@@ -78,7 +78,11 @@ def test_a_resumed_run_has_the_same_curve_once(data: Path, tmp_path: Path) -> No
     assert figures(tmp_path / "broken") == figures(tmp_path / "whole")
 
 
-def test_a_stop_that_one_rank_hears_ends_the_evaluation_on_all(data: Path, tmp_path: Path) -> None:
+def test_a_stop_that_one_rank_hears_ends_the_evaluation_on_all(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.heldout.TOKENS_TOGETHER", 64)  # several forwards
+
     def hears(session: Session) -> None:
         measure = session.heldout.measure
 
