@@ -148,6 +148,10 @@ def _tokenizer_and_data(
         raise
     if wrong is not None:
         dataset.close()
-        raise ConfigError([f"{wrong}; put the data back that the run was trained on, or leave it alone and give the "
-                           f"model's own tokenizer: --tokenizer {kept.path}"])  # fmt: skip
+        raise ConfigError(
+            [
+                f"{wrong}; put the data back that the run was trained on. `trimtab generate` and `trimtab checkpoint "
+                f"export` do without the data when they are given the model's own: --tokenizer {kept.path}"
+            ]
+        )
     return kept.tokenizer, dataset, ""
