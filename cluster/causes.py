@@ -92,7 +92,7 @@ def cause_of(failure: RankFailure, place: Place, names: Names = NO_NAMES) -> Cau
         return "numeric"
     if raised & set(names.storage):
         return "storage"
-    if "OSError" in raised and not (place.is_starting and raised & set(_MISTAKES)):
+    if "OSError" in raised and "BrokenPipeError" not in raised and not (place.is_starting and raised & set(_MISTAKES)):
         return "storage"
     if lost_a_peer(failure):
         return "worker"

@@ -133,5 +133,8 @@ class KeptOutput:
         while not finished:
             finished = self._done.wait(0.05)
             data = tail.read(everything=finished).encode()
-            while data:
-                data = data[os.write(self._saved[0], data) :]
+            try:
+                while data:
+                    data = data[os.write(self._saved[0], data) :]
+            except BrokenPipeError:  # nobody reads it any more; the log has it all
+                return

@@ -20,6 +20,7 @@ from data.errors import DataError
 from launch.arguments import add_json, problems, unknown
 from launch.arguments import commands as every_command
 from launch.config import LAUNCHERS, Config, ConfigError, dump, preset_names
+from launch.lasting import outliving_readers
 from launch.output import only_json, print_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +196,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     add_json(parser, "the run's figures as one JSON object at the end")
 
 
+@outliving_readers()
 def _train(options: Any) -> int:
     began = time.monotonic()
     if options.print_config:

@@ -18,6 +18,7 @@ from data.orders import recorded
 from launch.accounting import in_words, read_account, record_account
 from launch.config import ConfigError, dump
 from launch.identity import Identity, take_place
+from launch.lasting import CLOSED, output_was_lost
 from launch.lock import only_driver
 from launch.preflight import Plan, pack_if_needed
 from launch.resume import checkpoint_root
@@ -211,6 +212,8 @@ def _account(plan: Plan, result: LaunchResult) -> None:
     """Writes the launch's end, and where the run's time went up to it."""
     run = RunFolder(plan.run)
     how = {EXIT_OK: "done", EXIT_STOPPED: "stopped"}.get(result.exit_code, "failed")
+    if output_was_lost():
+        run.event("fault", cause=CLOSED)
     run.event("end", cause=how, exit_status=result.exit_code)
     record_account(run, how)
     run.close()
