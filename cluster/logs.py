@@ -21,7 +21,7 @@ def rank_log(log_dir: Path, rank: int) -> Path:
 
 
 def begin_log(path: Path, rank: int, generation: int) -> int:
-    """Writes a line into a rank's log that says which start the following output is of; what is there stays.
+    """Makes a rank's log; where an earlier start has left one, it stays, and a line says which start follows.
 
     Args:
         generation: 0 for a launch, from 1 on its restarts.
@@ -32,7 +32,9 @@ def begin_log(path: Path, rank: int, generation: int) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         size = os.fstat(fd).st_size
-        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        if not size:
+            return 0
+        torn = os.pread(fd, 1, size - 1) != b"\n"
         now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
         what = f"restart {generation}" if generation else "launch"
         line = f"{_START}{rank}, {what}, {now}, by process {os.getpid()} on {host}\n"

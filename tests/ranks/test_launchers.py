@@ -124,6 +124,9 @@ class TestLocal:
         assert result.results[1]["generation"] == 1
         assert (tmp_path / "rank-1.log").read_text().count("rank 1 is here") == 2
         assert shown.count("rank 0 is here") == 1
+        _, shown = run_local("describe", {}, tmp_path)  # the same command again: what the crashed one printed stays
+        assert (tmp_path / "rank-1.log").read_text().count("rank 1 is here") == 3
+        assert shown.count("rank 0 is here") == 1 and "start of rank" not in shown
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_a_signal_stops_gracefully(self, tmp_path, number):
