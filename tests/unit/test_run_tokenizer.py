@@ -188,6 +188,22 @@ def test_generation_and_export_refuse_the_data_of_another_tokenizer(place: Path,
         load_run(run, tokenizer=wrong)
 
 
+def test_documents_that_end_otherwise_than_the_models_texts_are_said(place: Path, tmp_path: Path) -> None:
+    known = place / "hf-known" / "tokenizer.json"
+    pack([str(place / "texts")], tmp_path / "ends", tokenizer=str(known), shard_mb=1, end_token="~")
+    config = preflight.read(settings(place, "own"), [f"data.path={tmp_path / 'ends'}"], [])
+    number = load_tokenizer(known).encode("~")[0]
+    assert data_tokenizer(config.data).eod_id == number
+    told = bring(place, tmp_path / "run", assignments=(f"data.path={tmp_path / 'ends'}",))
+    assert told["notes"] == [
+        f"documents of the data end with token {number}, the model's own texts with token 0 (eos_token of its "
+        "tokenizer_config.json)"
+    ]
+    run = hf_cases.make_run(tmp_path / "native", hf_cases.random_model(MODEL, 0))
+    assert keep_for_training(run, config.data, ()) is None
+    assert kept_tokenizer(run).tokenizer.eod_id == number  # as its documents ended
+
+
 def test_a_prompt_begins_as_the_imported_model_knows_it(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     bring(place, run)
