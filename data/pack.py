@@ -158,10 +158,11 @@ def pack_weighted(
     started = time.perf_counter()
     out = Path(out)
     _check([source.path for source in sources], settings, check_weighted(sources))
-    opened = [open_source(source.path, licence, settings.field) for source in sources]
+    opened = [open_source(source.path, licence, source.field or settings.field) for source in sources]
     for source, one in zip(sources, opened, strict=True):
         one.name = source.name
-    signature = _signature(opened, settings, [source.weight for source in sources])
+    fields = [source.field for source in sources]
+    signature = _signature(opened, settings, [source.weight for source in sources], fields)
     if (there := reusable(out, signature, overwrite, _intact_mixture)) is not None:
         return _packed_mixture(out, there, True, started)
 
@@ -251,7 +252,9 @@ def _name_apart(opened: list[Source]) -> list[Source]:
     return opened
 
 
-def _signature(opened: list[Source], settings: Settings, weights: Sequence[float] | None = None) -> str:
+def _signature(
+    opened: list[Source], settings: Settings, weights: Sequence[float] | None = None, fields: Sequence[str] = ()
+) -> str:
     """sha256 over the options and the name, size and time of every file."""
     tokenizer = settings.tokenizer
     file = deepseek_file() if tokenizer == DEEPSEEK else Path(tokenizer)
@@ -267,6 +270,7 @@ def _signature(opened: list[Source], settings: Settings, weights: Sequence[float
         **({} if weights is None else {"weights": list(weights)}),
         **({} if eod_id is None else {"eod_id": eod_id}),
         **({} if settings.field == TEXT_FIELD else {"field": settings.field}),
+        **({"fields": list(fields)} if any(fields) else {}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode("utf-8")).hexdigest()
 

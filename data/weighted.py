@@ -20,11 +20,13 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """A source to pack: its name, its path (as `data.pack.pack` takes it), its share of the sequences in any unit."""
+    """A source to pack: its name, its path (as `data.pack.pack` takes it), its share of the sequences in any unit, and
+    where its rows have their text ("" for the packing's own field)."""
 
     name: str
     path: str
     weight: float = 1.0
+    field: str = ""
 
     @classmethod
     def parse(cls, text: str) -> WeightedSource:

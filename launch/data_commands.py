@@ -40,7 +40,11 @@ def add_data_commands(commands: Any) -> None:
         "--tokenizer", default="bpe:4096", help="bytes, bpe:N, deepseek or a tokenizer.json (default: bpe:4096)"
     )
     pack.add_argument(
-        "--field", default="text", metavar="NAME", help="field or column of JSON and Parquet rows (default: text)"
+        "--field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="field or column of JSON and Parquet rows (default: text); SOURCE=NAME for one --source alone",
     )
     pack.add_argument("--allow-left-out", action="store_true", help="pack although more text is left out than taken")
     pack.add_argument(
@@ -120,15 +124,16 @@ def _packed(options: argparse.Namespace, encoding: Any) -> tuple[Any, dict[str, 
     from data.weighted import WeightedSource
 
     progress = progress_line if encoding is None or encoding.writes else None
+    field, of_sources = _fields(options.field, {text.partition("=")[0] for text in options.weighted})
     if options.weighted:
         if options.sources:
             raise DataError("SOURCE and --source exclude each other; give every source as --source NAME=PATH[@WEIGHT]")
         settings = Settings(
             tokenizer=options.tokenizer, shard_mb=options.shard_mb, heldout=options.heldout, workers=options.workers,
-            encoding=encoding, progress=progress, field=options.field, allow_left_out=options.allow_left_out,
+            encoding=encoding, progress=progress, field=field, allow_left_out=options.allow_left_out,
             end_token=options.end_token, allow_lossy=options.allow_lossy,
         )  # fmt: skip
-        sources = [WeightedSource.parse(text) for text in options.weighted]
+        sources = _with_fields([WeightedSource.parse(text) for text in options.weighted], of_sources)
         mixed = pack_weighted(sources, options.out, settings, licence=options.licence, overwrite=options.overwrite)
         return mixed, {
             "fingerprint": mixed.mixture.fingerprint,
@@ -138,7 +143,7 @@ def _packed(options: argparse.Namespace, encoding: Any) -> tuple[Any, dict[str, 
     packed = pack(
         options.sources, options.out, tokenizer=options.tokenizer, shard_mb=options.shard_mb,
         heldout=options.heldout, licence=options.licence, overwrite=options.overwrite, workers=options.workers,
-        encoding=encoding, progress=progress, field=options.field, allow_left_out=options.allow_left_out,
+        encoding=encoding, progress=progress, field=field, allow_left_out=options.allow_left_out,
         end_token=options.end_token, allow_lossy=options.allow_lossy,
     )  # fmt: skip
     manifest = packed.manifest
@@ -148,6 +153,29 @@ def _packed(options: argparse.Namespace, encoding: Any) -> tuple[Any, dict[str, 
         "loss": asdict(manifest.loss) if manifest.loss else None,
         "sources": [account.to_json() for account in packed.accounts],
     }  # fmt: skip
+
+
+def _fields(given: list[str], names: set[str]) -> tuple[str, dict[str, str]]:
+    """The field of all sources, and those of single ones by the source's name.
+
+    Args:
+        given: NAME or SOURCE=NAME, as --field took them.
+        names: of the weighted sources; what stands before = and is none of them belongs to the field's name.
+    """
+    field, of_sources = "text", {}
+    for one in given:
+        source, _, name = one.partition("=")
+        if name and source in names:
+            of_sources[source] = name
+        else:
+            field = one
+    return field, of_sources
+
+
+def _with_fields(sources: list[Any], of_sources: dict[str, str]) -> list[Any]:
+    from dataclasses import replace
+
+    return [replace(source, field=of_sources.get(source.name, "")) for source in sources]
 
 
 def _mpi_encoding() -> Any:

@@ -208,6 +208,49 @@ def test_generated_folders_lose_nothing_and_are_the_same_everywhere(tmp_path: Pa
     assert remote == documents and other.account().to_json() == source.account().to_json()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_bytes_of_any_kind_end_in_documents_or_one_sentence(tmp_path: Path, seed: int) -> None:
+    """Files of every kind, wrapped, flipped and cut under random suffixes; the same here and at an address."""
+    draw = random.Random(seed)
+    encodings = ["utf-8", "latin-1", "utf-16", "utf-8-sig", "utf-32"]
+    odd = [[1, 2], ["a"], {"a": 1}, None, 5, [[]], [{}], [{"text": 1}], {"text": "t"}, {"text": None}]
+    magic = [b"PK\3\4", b"ARROW1", b"%PDF-1", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PAR1"]
+    kinds = [
+        lambda: draw.randbytes(draw.randrange(60)), lambda: json.dumps([{"text": "a"}, {"text": "b"}]).encode(),
+        lambda: rows("x", "y"), lambda: parquet(["p", "q"]), lambda: b"", lambda: b'[{"text": "a"} {"text"',
+        lambda: "héllo wörld\n".encode(draw.choice(encodings)), lambda: json.dumps(draw.choice(odd)).encode(),
+        lambda: draw.choice(magic) + draw.randbytes(20),
+    ]  # fmt: skip
+
+    def changed(raw: bytes) -> bytes:
+        place = draw.randrange(len(raw) + 1)
+        return draw.choice([
+            gzip.compress, bz2.compress, lzma.compress, zstd, lambda raw: raw[:place],
+            lambda raw: b"\xef\xbb\xbf" + raw, lambda raw: raw[:place] + draw.randbytes(1) + raw[place + 1 :],
+        ])(raw)  # fmt: skip
+
+    suffixes = ["txt", "json", "jsonl", "parquet", "json.gz", "jsonl.zst", "txt.xz", "tar", "zip", "png", "arrow", "x"]
+    seen = set()
+    for number in range(40):
+        files = {}
+        for one in range(draw.randint(1, 3)):
+            raw = draw.choice(kinds)()
+            for _ in range(draw.randrange(3)):
+                raw = changed(raw)
+            files[f"{one}.{draw.choice(suffixes)}"] = raw
+        folder = write(tmp_path / str(number), files)
+        results = []
+        for spec in (str(folder), at_memory(folder, f"{tmp_path.name}/{number}")):
+            try:
+                documents, source = read(spec)
+                results.append((documents, source.account().to_json()))
+            except DataError as error:
+                results.append(str(error).replace(spec, ""))
+        assert results[0] == results[1], files
+        seen.add(type(results[0]))
+    assert seen == {tuple, str}
+
+
 def test_more_left_out_than_read_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -385,6 +428,23 @@ def test_binary_columns_and_other_fields(tmp_path: Path) -> None:
     }
     documents, _ = read(write(tmp_path / "fields", files), field="content")
     assert documents == {"a.jsonl:1": "one", "b.parquet:1": "two", "c.json:1": "3"}
+
+
+def test_a_field_for_each_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(
+        tmp_path, {"a/a.jsonl": b'{"content": "one"}\n', "b/b.jsonl": b'{"body": "two"}\n', "c/c.jsonl": rows("three")}
+    )
+    command = ["data", "pack", "--out", str(tmp_path / "out"), "--tokenizer", "bytes", "--heldout", "0"]
+    for name in "abc":
+        command += ["--source", f"{name}={tmp_path / name}"]
+    assert main([*command, "--field", "a=content", "--field", "body"]) == 2
+    assert "c.jsonl, line 1: has no field body" in capsys.readouterr().err
+    command += ["--field", "a=content", "--field", "b=body"]
+    assert main(command) == 0 and main(command) == 0
+    assert capsys.readouterr().out.count("reused") == 1
+    assert [stored_texts(tmp_path / "out" / name) for name in "abc"] == [
+        {"a.jsonl:1": b"one"}, {"b.jsonl:1": b"two"}, {"c.jsonl:1": b"three"},
+    ]  # fmt: skip
 
 
 def test_a_hub_folder_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
