@@ -1,7 +1,7 @@
 """A run's model under EleutherAI's lm-evaluation-harness, on task files that lie on this machine."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,7 +88,7 @@ def run_tasks(
     adapter = make_adapter(model, tokenizer, complete, window, batch_size, seed)
     try:
         problems = []
-        for name, task in _tasks_in(get_task_dict(list(tasks), manager)):
+        for name, task in _built(tasks, lambda name: get_task_dict([name], manager)):
             if task.OUTPUT_TYPE == "generate_until":
                 try:
                     wish_of(task.config.generation_kwargs or {}, normalize_gen_kwargs, prompt_tokens=-1)
@@ -118,6 +118,27 @@ def _metrics(values: dict[str, Any], lossy: str) -> dict[str, float]:
         if isinstance(value, int | float) and not isinstance(value, bool) and "," in name
         and not (lossy and name.startswith(OF_THE_TEXT))
     }  # fmt: skip
+
+
+def _built(names: Sequence[str], build: Callable[[str], dict[Any, Any]]) -> Iterator[tuple[str, Any]]:
+    """Every task of these names, built by the harness from its YAML and data.
+
+    Raises:
+        ConfigError: the harness cannot build one; the harness looks at a task's first document for that.
+    """
+    for name in names:
+        try:
+            found = build(name)
+        except (ConnectionError, FileNotFoundError):
+            raise
+        except Exception as error:  # whatever a task's YAML, functions and first document make the harness raise
+            raise ConfigError(
+                [
+                    f"task {name} cannot be built from its YAML and data: {type(error).__name__}: {error}; look at its "
+                    "keys and at its first document, whose text, choices and answer must not be empty"
+                ]
+            ) from error
+        yield from _tasks_in(found)
 
 
 def _tasks_in(found: dict[Any, Any]) -> Iterator[tuple[str, Any]]:

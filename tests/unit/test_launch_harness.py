@@ -172,6 +172,14 @@ def test_tasks_that_cannot_be_run_are_refused_with_task_and_document(tasks: Path
     empty, long = refused.value.problems
     assert "task odd_choose, document 1, choice 1: the continuation '' has no token" in empty
     assert "task odd_choose, document 2, choice 0: the continuation 'yyyy" in long and "33 tokens" in long
+    first = json.dumps({"q": "x", "choices": [""], "gold": 0}) + "\n"
+    rows.write_text(first + rows.read_text())
+    (tasks / "odd.yaml").write_text(
+        (tasks / "odd.yaml").read_text().replace(str(rows), str(rows.with_suffix(".jsonl")))
+    )
+    rows.rename(rows.with_suffix(".jsonl"))  # another name: the data library keeps what it has read
+    with pytest.raises(ConfigError, match=r"task odd_choose cannot be built from its YAML and data: IndexError"):
+        run_tasks(model, tokenizer, says, ["odd_choose"], tasks, window=WINDOW)
     change("write", "null", ("until: ['.'], max_gen_toks: 8", "until: null, max_gen_toks: null"))
 
     def writes(prompts: Sequence[str], **wish: object) -> list[str]:
