@@ -142,6 +142,7 @@ def _verify(options: Any) -> int:
 
 def _prune(options: Any) -> int:
     """Never the newest readable one: a damaged newest checkpoint does not count towards those that are kept."""
+    from launch.identity import standing
     from launch.lock import only_driver
     from parallel import retention, saving
     from parallel.roots import committed, drafts, step_of
@@ -151,6 +152,8 @@ def _prune(options: Any) -> int:
     every = config.checkpoint.keep_every_steps if options.keep_every is None else options.keep_every
     if every < 0 or keep < 0 or (options.keep is not None and keep < 1):
         raise ConfigError([f"--keep = {keep}, --keep-every = {every}: keep at least 1 checkpoint, and every 0 or more"])
+    if problem := standing(options.run.absolute(), config).problem:
+        raise ConfigError([problem])
     with only_driver(options.run):
         if not options.dry_run:
             retention.recover(root)

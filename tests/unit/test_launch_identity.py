@@ -183,3 +183,14 @@ def test_pruning_leaves_what_is_another_runs(tmp_path: Path) -> None:
     gone = prune(tmp_path, 2, 5, owns=own.owns)
     assert [path.name[-2:] for path in gone] == ["01", "03", "10"]
     assert [path.name[-2:] for path in committed(tmp_path)] == ["02", "04", "05", "09"]
+
+
+def test_prune_deletes_nothing_in_another_runs_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from launch.cli import main
+
+    shared = config(tmp_path / "ckpt")
+    begin(tmp_path / "a", shared, 3, 6, 9)
+    RunFolder(tmp_path / "b").create(dump(shared))  # as an older version let it begin there
+    assert main(["checkpoint", "prune", str(tmp_path / "b"), "--keep", "1"]) == 2
+    assert f"belongs to the run {tmp_path / 'a'}" in capsys.readouterr().err
+    assert len(committed(tmp_path / "ckpt")) == 3
