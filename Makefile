@@ -41,3 +41,4 @@ test: check
 
 drill: setup
 	@$(PYTHON) -m pytest tests/faults tests/ray -m "slow or not slow"
+	@$(PYTHON) -m pytest tests/end_to_end/test_config_starts.py tests/end_to_end/test_docs_commands.py -m drill
