@@ -151,7 +151,7 @@ class ChoiceCounter:
 
 @contextmanager
 def counted_choices(model: Transformer, n_documents: int) -> Iterator[ChoiceCounter]:
-    """Counts what every router chooses while the block runs; the model's own statistics count padding too."""
+    """Counts what every router chooses while the block runs; the model is not told of padding here."""
     layers = model.config.moe_layers
     counter = ChoiceCounter(n_documents, model.config)
 

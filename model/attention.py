@@ -14,23 +14,16 @@ from model.layers import Linear, RMSNorm
 from model.positions import softmax_scale
 
 
-def document_mask(doc_ids: Tensor | None) -> Tensor | None:
+def document_mask(doc_ids: Tensor) -> Tensor:
     """Who may look at whom: earlier positions and itself, inside one document.
 
     Args:
-        doc_ids: (B, S) integers, non-decreasing along S, or None for one document a sequence.
+        doc_ids: (B, S) integers, non-decreasing along S.
 
     Returns:
-        (B, 1, S, S) bool, True where query (third) may see key (fourth); None where plain causal attention does:
-        no ids, or every sequence is one document.
+        (B, 1, S, S) bool, True where query (third) may see key (fourth). Where every sequence is one document, plain
+        causal attention does; see `model.real_tokens.find_real`.
     """
-    if doc_ids is None or bool((doc_ids[:, :1] == doc_ids[:, -1:]).all()):
-        return None
-    return inside_documents(doc_ids)
-
-
-def inside_documents(doc_ids: Tensor) -> Tensor:
-    """The mask of `document_mask`, whatever the ids are; it asks the device nothing."""
     seq_len = doc_ids.shape[1]
     causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=doc_ids.device).tril_()
     return (doc_ids[:, None, :, None] == doc_ids[:, None, None, :]).logical_and_(causal)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import inside_documents
+from model.attention import document_mask
 from model.block import Block
 from model.config import ModelConfig
 from model.exchange import Exchange
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         """
         depths = range(0) if targets is None else self._prediction_depths(tokens.shape[1])
         several, found = find_real(real, doc_ids, len(depths))
-        mask = inside_documents(doc_ids) if doc_ids is not None and several else None
+        mask = document_mask(doc_ids) if doc_ids is not None and several else None
         cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         embedded = self.embed_tokens(tokens)  # (B, S, D)
         hidden = embedded

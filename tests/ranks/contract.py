@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cluster.flag import StopFlag
 from data.config import DataConfig
+from data.stream import MicroBatch
 from launch.config import CheckpointConfig, Config, TelemetryConfig, TrainConfig
 from launch.evaluate import predict
 from launch.runfolder import RunFolder
@@ -66,6 +67,7 @@ class Scenario:
     segments: (layout, steps done at its end); from one to the next the run is saved and resumed.
     skips: steps, 0-based, whose loss is not a number. interludes: steps before which all ranks evaluate and generate.
     grouped: whether a token may only choose inside two of four groups of experts. mtp: prediction modules.
+    padded: whether parts of sequences, and whole ones, are padding.
     scripted: whether routers see the script and weights stand still; else everything is trained.
     """
 
@@ -75,6 +77,7 @@ class Scenario:
     interludes: frozenset[int] = frozenset()
     grouped: bool = False
     mtp: int = 1
+    padded: bool = False
     scripted: bool = True
 
     def alone(self) -> "Scenario":
@@ -199,7 +202,7 @@ def follow(scenario: Scenario, session: Session) -> list[Step]:
         if step in scenario.interludes:
             interlude(session)
         now[0] = step
-        return read(step)
+        return [pad(batch) for batch in read(step)] if scenario.padded else read(step)
 
     def poisoned(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         return output * math.nan if now[0] in scenario.skips else None
@@ -217,6 +220,16 @@ def follow(scenario: Scenario, session: Session) -> list[Step]:
     session.stream.read = reading  # type: ignore[method-assign]
     session.telemetry.log_step = logged  # type: ignore[method-assign]
     return steps
+
+
+def pad(batch: MicroBatch) -> MicroBatch:
+    """The batch with padding for parts of it, by the sequences' numbers: all of every third one, the ends of others."""
+    length = batch.tokens.shape[1]
+    kept = torch.where(batch.sequence_ids % 3 == 0, 0, batch.sequence_ids * 5 % length + 1).unsqueeze(1)
+    real = torch.arange(length) < kept
+    return batch._replace(
+        tokens=torch.where(real, batch.tokens, 256), loss_mask=batch.loss_mask & real, real=batch.real & real
+    )
 
 
 def interlude(session: Session) -> None:

@@ -17,7 +17,7 @@ from model.routing_stats import stack_layers
 from parallel.balance import Balancer
 from parallel.config import BalanceConfig
 from parallel.threads import run_virtual_ranks
-from tests.ranks.contract import ALONE, Layout, Scenario, Script, Step, play
+from tests.ranks.contract import ALONE, Layout, Scenario, Script, Step, pad, play
 
 
 def global_batches(scenario: Scenario, data: Path) -> list[MicroBatch]:
@@ -25,7 +25,8 @@ def global_batches(scenario: Scenario, data: Path) -> list[MicroBatch]:
     steps = scenario.segments[-1][1]
     feed = open_feed(scenario.config(data, ALONE, steps), 0, 1)
     try:
-        return [feed.stream.read(step)[0] for step in range(steps)]
+        batches = [feed.stream.read(step)[0] for step in range(steps)]
+        return list(map(pad, batches)) if scenario.padded else batches
     finally:
         feed.close()
 
@@ -201,7 +202,10 @@ FIXED = {
     "a scripted run": TRICKY,
     "evaluation and generation": replace(TRICKY, segments=((ALONE, 3),), interludes=frozenset({1})),
     "quantile": Scenario(
-        BalanceConfig(rule="quantile", rate=0.5), ((Layout(2, 2, 2, recompute=True), 3),), skips=frozenset({1})
+        BalanceConfig(rule="quantile", rate=0.5),
+        ((Layout(2, 2, 2, recompute=True), 3),),
+        skips=frozenset({1}),
+        padded=True,
     ),
     "proportional": Scenario(BalanceConfig(rule="proportional", rate=0.05), ((Layout(2, 1, 2), 2),), grouped=True),
     "aux_loss": Scenario(BalanceConfig(rule="aux_loss", aux_loss_coef=0.5), ((Layout(2, 1, 2), 2),)),

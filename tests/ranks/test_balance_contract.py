@@ -65,6 +65,7 @@ def scenarios(draw: st.DrawFn, rule: str) -> Scenario:
         interludes=draw(st.frozensets(st.integers(0, STEPS - 1), max_size=1)),
         grouped=draw(st.booleans()),
         mtp=draw(st.integers(0, 1)),
+        padded=draw(st.booleans()),
     )
 
 
@@ -107,7 +108,7 @@ TRAINED = {
 }
 
 
-def train_alone(balance: BalanceConfig, data: Path, folder: Path) -> tuple[list[Step], list[int]]:
+def train_alone(balance: BalanceConfig, data: Path, folder: Path, padded: bool = False) -> tuple[list[Step], list[int]]:
     """One rank's steps, everything trained, and the near-ties of each."""
     found: list[int] = []
 
@@ -120,7 +121,7 @@ def train_alone(balance: BalanceConfig, data: Path, folder: Path) -> tuple[list[
 
         session.telemetry.log_step = logged  # type: ignore[method-assign]
 
-    steps = play(Scenario(balance, ((ALONE, 3),), scripted=False), data, folder, watch)
+    steps = play(Scenario(balance, ((ALONE, 3),), padded=padded, scripted=False), data, folder, watch)
     return steps, found
 
 
@@ -144,10 +145,10 @@ def check_trained(found: list[Step], reference: list[Step], near_ties: list[int]
 
 @pytest.mark.parametrize("rule", TRAINED)
 def test_a_model_that_learns_chooses_and_loses_alike(contract_data: Path, tmp_path: Path, rule: str) -> None:
-    reference, near_ties = train_alone(TRAINED[rule], contract_data, tmp_path / "alone")
+    reference, near_ties = train_alone(TRAINED[rule], contract_data, tmp_path / "alone", padded=True)
     assert reference[-1].loss < reference[0].loss
     for layout in (Layout(1, 1, 2, recompute=True), Layout(2, 2, 1, recompute=False), Layout(4, 2, 2, recompute=True)):
-        scenario = Scenario(TRAINED[rule], ((layout, 3),), scripted=False)
+        scenario = Scenario(TRAINED[rule], ((layout, 3),), padded=True, scripted=False)
         found = play(scenario, contract_data, tmp_path / f"{layout.world}")
         check_trained(found, reference, near_ties, f"{rule}, {layout}")
 

@@ -7,9 +7,9 @@ import torch
 
 import model.router
 import model.transformer
-from model.attention import document_mask
 from model.config import YarnConfig
 from model.exchange import LocalExchange
+from model.real_tokens import find_real
 from model.router import RoutingMemory
 from model.transformer import Transformer
 from tests.unit.literal_model import TINY, Literal, batch, build
@@ -78,8 +78,7 @@ def test_two_documents_in_one_sequence_equal_the_two_alone():
 
 def test_one_document_takes_the_causal_path_and_gives_the_same():
     docs = torch.full((2, 9), 3)
-    assert document_mask(docs) is None
-    assert document_mask(None) is None
+    assert find_real(None, docs, 0) == find_real(None, None, 0) == (False, [None])
     model = build()
     tokens, targets = batch(TINY, 2, 9)
     plain = model(tokens, None, targets).token_losses
