@@ -19,8 +19,9 @@ from cluster.entry import encode, loopback_interface, prepare_environment, run_e
 from cluster.flag import StopFlag
 from cluster.logs import KeptOutput, begin_log, rank_log
 from cluster.mpi_exchange import all_or_none, allgather_int, allgather_text, broadcast_text, refuse_together
+from cluster.networks import GLOO_NAME, Node, meeting, this_node
 from cluster.outcome import conclude
-from cluster.ports import PortHold, interface_of, own_address
+from cluster.ports import PortHold
 from cluster.process import kill_own_group, watch_parent
 from cluster.signals import StopSignals
 from cluster.worlds import Seat, seat_ranks
@@ -103,11 +104,12 @@ def _run(
     seats = seat_ranks([str(leader) for leader in leaders], ep_size)
     rank = next(rank for rank, seat in enumerate(seats) if seat.worker == world.Get_rank())
     n_nodes = 1 + max(seat.node_rank for seat in seats)
-    hold = PortHold("127.0.0.1" if n_nodes == 1 else own_address()) if rank == 0 else None
+    host, interface = _meeting(world, seats, rank)
+    hold = PortHold(host) if rank == 0 else None
     address = broadcast_text(world, hold.address if hold else "", root=seats[0].worker)
 
     with StopSignals(stop, extra=(signal.SIGUSR1,)) as signals:
-        context = _context(rank, seats[rank], len(seats), n_nodes, address, generation, signals.stop)
+        context = _context(rank, seats[rank], len(seats), n_nodes, address, interface, generation, signals.stop)
         threads = _threads(node, spec.threads_per_worker)
         prepare_environment(os.environ, context, threads, strip=False)
         if "torch" in sys.modules:  # imported before OpenMP could see the variables
@@ -132,6 +134,24 @@ def _run(
 def mpi_world() -> Any:
     """The communicator of all processes that were started together. Raises: MpiError, see `run`."""
     return _mpi().COMM_WORLD
+
+
+def _meeting(world: Any, seats: list[Seat], rank: int) -> tuple[str, str | None]:
+    """Collective: the address where rank 0 waits for the others, and this rank's interface for Gloo.
+
+    Ranks of one node meet at loopback. GLOO_SOCKET_IFNAME stays as the user has set it.
+
+    Raises:
+        RefusedTogether: nodes cannot reach each other.
+    """
+    if all(seat.node_rank == 0 for seat in seats):
+        return "127.0.0.1", os.environ.get(GLOO_NAME) or loopback_interface()
+    texts = allgather_text(world, this_node(os.environ).text())
+    nodes = {seat.node_rank: Node.of_text(texts[seat.worker]) for seat in reversed(seats)}
+    found = meeting([nodes[number] for number in sorted(nodes)], seats[0].node_rank)
+    refuse_together(world, [found] if isinstance(found, str) else [])
+    assert not isinstance(found, str)
+    return found.host, found.interfaces[seats[rank].node_rank]
 
 
 def _log_problems(log_dir: Path, rank: int) -> list[str]:
@@ -178,7 +198,14 @@ def _mpi() -> Any:
 
 
 def _context(
-    rank: int, seat: Seat, world_size: int, n_nodes: int, address: str, generation: int, stop: StopFlag
+    rank: int,
+    seat: Seat,
+    world_size: int,
+    n_nodes: int,
+    address: str,
+    interface: str | None,
+    generation: int,
+    stop: StopFlag,
 ) -> RankContext:
     return RankContext(
         rank=rank,
@@ -191,6 +218,6 @@ def _context(
         generation=generation,
         launcher="mpi",
         stop=stop,
-        interface=loopback_interface() if n_nodes == 1 else interface_of(own_address()),
+        interface=interface,
         device_index=seat.local_rank,
     )
