@@ -31,6 +31,7 @@ NOT_RUN = {
     r"trimtab train laptop": "half a billion parameters and a GPU",
     r"trimtab train .*stepz": "a sample of errors, compared in tests/unit/test_docs_commands.py",
     r"trimtab train .*--launcher local": "several processes; run by the drill below",
+    r"trimtab train .*data\.path=SHORT": "a packed corpus of the reader's own",
     r"trimtab bench": "minutes; each benchmark has a test of its own in a small form",
     r"trimtab eval .*(--tasks|--humaneval)": "needs a package that is not installed",
     r"trimtab checkpoint import|trimtab train runs/new": "tests/end_to_end/test_huggingface.py brings an export back",
