@@ -20,7 +20,7 @@ from data.errors import DataError
 from launch.arguments import add_json, problems, unknown
 from launch.arguments import commands as every_command
 from launch.config import LAUNCHERS, Config, ConfigError, dump, preset_names
-from launch.lasting import outliving_readers
+from launch.lasting import open_missing_streams, outliving_readers
 from launch.output import only_json, print_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def program() -> int:
     """The command line of this process, which ends with it; returns its exit status."""
+    open_missing_streams()
     try:
         return main(sys.argv[1:])
     finally:

@@ -57,6 +57,26 @@ class LastingStream:
             print(f"trimtab: {self._notice}", file=sys.stderr, flush=True)
 
 
+def open_missing_streams() -> None:
+    """Gives a process that was started without standard input, output or error (`>&-`) os.devnull in their place.
+
+    Otherwise the next file that anybody opens gets the free number, and is printed into.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
 @contextmanager
 def outliving_readers() -> Iterator[None]:
     """Inside, a closed standard output or error is told once, on the other one, and is no error."""
