@@ -21,7 +21,7 @@ class RankContext:
     generation counts the restarts of a run: processes of different generations never meet.
     stop is set when a graceful stop was asked for; ranks have to agree on the step at which they heed it.
     interface is the network interface for Gloo (already exported as GLOO_SOCKET_IFNAME), None to let Gloo choose.
-    device_index is the accelerator to use among those that this process can see.
+    device_index is the accelerator to use among those that this process can see, None where not every rank has one.
     """
 
     rank: int
@@ -35,7 +35,7 @@ class RankContext:
     launcher: str = "debug"
     stop: StopFlag = field(default_factory=StopFlag, compare=False)
     interface: str | None = None
-    device_index: int = 0
+    device_index: int | None = 0
 
     def to_json(self) -> str:
         """Everything but the event, which cannot leave its process."""

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cluster.context import LaunchResult, RankContext
 from cluster.cores import affinity, quota_cores, share_of_node, stated_threads
 from cluster.entry import encode, loopback_interface, prepare_environment, run_entry
 from cluster.flag import StopFlag
+from cluster.gpus import own_gpus, visible_gpus, without_gpu
 from cluster.logs import KeptOutput, begin_log, rank_log
 from cluster.mpi_exchange import all_or_none, allgather_int, allgather_text, broadcast_text, refuse_together
 from cluster.networks import GLOO_NAME, Node, meeting, this_node
@@ -114,6 +116,7 @@ def _run(
         prepare_environment(os.environ, context, threads, strip=False)
         if "torch" in sys.modules:  # imported before OpenMP could see the variables
             sys.modules["torch"].set_num_threads(threads)
+        context = replace(context, device_index=_own_gpu(world, seats, rank, spec.accelerator))
         refuse_together(world, _log_problems(log_dir, rank))
         if hold:
             hold.hand_over()
@@ -152,6 +155,31 @@ def _meeting(world: Any, seats: list[Seat], rank: int) -> tuple[str, str | None]
     refuse_together(world, [found] if isinstance(found, str) else [])
     assert not isinstance(found, str)
     return found.host, found.interfaces[seats[rank].node_rank]
+
+
+def _own_gpu(world: Any, seats: list[Seat], rank: int, accelerator: str) -> int | None:
+    """Collective: the number of this rank's GPU; None for all ranks where one has none.
+
+    Raises:
+        RefusedTogether: `gpu` was asked for and a rank has none of its own.
+    """
+    if accelerator == "cpu":
+        return None
+    texts = allgather_text(world, json.dumps(visible_gpus(accelerator)))
+    seen = [json.loads(texts[seat.worker]) for seat in seats]
+    numbers: dict[int, list[int]] = {}
+    for number, seat in sorted(enumerate(seats), key=lambda pair: pair[1].local_rank):
+        numbers.setdefault(seat.node_rank, []).append(number)
+    lacking = without_gpu([[seen[number] for number in members] for members in numbers.values()], [*numbers.values()])
+    if lacking and accelerator == "gpu":
+        advice = "start at most one rank a GPU, or use cluster.accelerator=cpu"
+        refuse_together(world, [f"cluster.accelerator = 'gpu', but not every rank has one: {lacking}; {advice}"])
+    if lacking:
+        if rank == 0 and any(seen):
+            print(f"device: cpu, since not every rank has a GPU of its own: {lacking}", flush=True)
+        return None
+    members = numbers[seats[rank].node_rank]
+    return own_gpus([seen[number] for number in members])[members.index(rank)]
 
 
 def _log_problems(log_dir: Path, rank: int) -> list[str]:
@@ -219,5 +247,4 @@ def _context(
         launcher="mpi",
         stop=stop,
         interface=interface,
-        device_index=seat.local_rank,
     )

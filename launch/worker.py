@@ -47,7 +47,9 @@ def main(context: RankContext, payload: dict[str, Any], prepare: Prepare | None 
     choose_products()
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 calls deprecated, once a process.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    device = choose_device(config.cluster.accelerator, context.device_index)
+    device = choose_device(
+        config.cluster.accelerator, context.device_index, context.local_world_size if context.launcher == "local" else 1
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if watch is None:

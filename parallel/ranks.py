@@ -106,18 +106,26 @@ def process_ranks(ep_size: int, timeout_s: float, ranks_per_node: int = 0) -> Ra
     return Ranks(layout, dp, ep, edp, nodes, inside, watch)
 
 
-def choose_device(accelerator: str, local_rank: int) -> torch.device:
-    """The device of a rank: `auto` takes the local rank's GPU where there is one.
+def choose_device(accelerator: str, index: int | None, workers: int = 1) -> torch.device:
+    """The device of a rank: `auto` takes GPUs where every worker that sees the same ones gets its own.
+
+    Args:
+        index: the rank's device number among those that it sees; None: not every rank has one.
+        workers: how many ranks share the GPUs that this process sees.
 
     Raises:
-        RuntimeError: `gpu` was asked for and there is none for this local rank.
+        RuntimeError: `gpu` was asked for and there is none for this rank.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if accelerator == "cpu" or (accelerator == "auto" and count == 0):
+    if accelerator == "cpu" or (accelerator == "auto" and (count < max(1, workers) or index is None)):
+        if accelerator == "auto" and 0 < count < workers and index == 0:
+            print(
+                f"device: cpu, since this node shows {count} GPU{'s' * (count > 1)} for {workers} workers", flush=True
+            )
         return torch.device("cpu")
-    if local_rank >= count:
+    if index is None or index >= count:
         raise RuntimeError(
-            f"cluster.accelerator = {accelerator!r}: local rank {local_rank} has no GPU of its own, this node shows "
+            f"cluster.accelerator = {accelerator!r}: local rank {index} has no GPU of its own, this node shows "
             f'{count}; start at most {count} workers a node, or use cluster.accelerator = "cpu"'
         )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", index)
