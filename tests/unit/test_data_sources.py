@@ -28,6 +28,11 @@ pyarrow = pytest.importorskip("pyarrow")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def gz(data: bytes) -> bytes:
+    """Without the second of its making, so that tests have the same names in every worker."""
+    return gzip.compress(data, mtime=0)
+
+
 def rows(*texts: str) -> bytes:
     return "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)).encode()
 
@@ -367,11 +372,11 @@ def test_what_may_not_be_read_is_an_error(tmp_path: Path) -> None:
         ("null.json", b'[{"text": "a"}, null]', r"null\.json, row 2: is a JSON null, not an object"),
         ("other.jsonl", b'{"id": 1, "content": "a"}\n', r"no field text; its fields are id, content; .*--field NAME"),
         ("late.json", b'[{"text": "a"}, {"body": 1}]', r"row 2: has no field text; its fields are body"),
-        ("cut.jsonl.gz", gzip.compress(rows("a" * 999, "b" * 999))[:-9], r"cut\.jsonl\.gz: its compression is damaged"),
+        ("cut.jsonl.gz", gz(rows("a" * 999, "b" * 999))[:-9], r"cut\.jsonl\.gz: its compression is dam"),
         ("cut.txt.xz", lzma.compress(os.urandom(999).hex().encode())[:-30], r"cut\.txt\.xz: its compression is dam"),
         ("cut.txt.bz2", bz2.compress(os.urandom(999).hex().encode())[:-30], r"cut\.txt\.bz2: its compression is dam"),
         ("cut.txt.zst", zstd(os.urandom(999).hex().encode())[:-30], r"cut\.txt\.zst: cannot be read"),
-        ("flip.txt.gz", gzip.compress(b"hello " * 99)[:-8] + bytes(8), r"flip\.txt\.gz: its compression is damaged"),
+        ("flip.txt.gz", gz(b"hello " * 99)[:-8] + bytes(8), r"flip\.txt\.gz: its compression is dam"),
         ("zero.parquet", b"", r"zero\.parquet: is not a readable Parquet file"),
         ("half.parquet", parquet(["a" * 99])[:-50], r"half\.parquet: is not a readable Parquet file"),
         ("ints.parquet", parquet([1, 2]), r"ints\.parquet: the column text holds int64, not text.*--field"),
