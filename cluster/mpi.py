@@ -220,7 +220,8 @@ def _mpi() -> Any:
         raise MpiError(
             f"{started} processes were started together, but each sees itself alone: the mpirun (or srun) in use does "
             f"not belong to the MPI library that mpi4py has found ({library}); use the mpirun beside this Python "
-            f"({Path(sys.executable).parent / 'mpirun'}), or set MPI4PY_LIBMPI to the libmpi.so of your mpirun"
+            f"({Path(sys.executable).parent / 'mpirun'}), or set MPI4PY_LIBMPI to the libmpi.so of your mpirun; under "
+            f"Slurm start the ranks with srun --mpi=pmix, where the site offers it"
         )
     return MPI
 

@@ -5,6 +5,7 @@ Exit status: 0 done; 2 bad input (nothing started); 75 stopped on request with a
 
 import argparse
 import difflib
+import signal
 import sys
 import time
 import tomllib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.context import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_OK
+from cluster.flag import StopFlag
 from cluster.process import about_to_end
 from cluster.redact import guard_output, restore_output
 from data.errors import DataError
@@ -206,10 +208,14 @@ def _train(options: Any) -> int:
         return _train_plan(options, _checked(options, None), began)
     from cluster import mpi
     from cluster.mpi_exchange import RefusedTogether, all_or_none
+    from cluster.signals import StopSignals
 
     try:
         with all_or_none():
-            return _train_plan(options, _checked_together(options, mpi.mpi_world()), began)
+            world = mpi.mpi_world()
+            # From here on a request to stop is kept for the first step: SIGUSR1 would kill a rank that packs or starts.
+            with StopSignals(extra=(signal.SIGUSR1,)) as signals:
+                return _train_plan(options, _checked_together(options, world), began, signals.stop)
     except mpi.MpiError as error:
         raise ConfigError([str(error)]) from error
     except RefusedTogether as refused:
@@ -249,12 +255,12 @@ def _checked_together(options: Any, world: Any) -> Any:
     return plan
 
 
-def _train_plan(options: Any, plan: Any, began: float) -> int:
+def _train_plan(options: Any, plan: Any, began: float, stop: StopFlag | None = None) -> int:
     from launch.start import is_first, report_end, say, start
 
     if plan.done:
         return _already_done(plan, say, options.json) if is_first(plan.launcher) else EXIT_OK
-    result = start(plan, cause=f"trimtab train {options.config}", began=began)
+    result = start(plan, cause=f"trimtab train {options.config}", began=began, stop=stop)
     if not is_first(plan.launcher):
         return result.exit_code
     status = report_end(plan, result)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.causes import cause_of, first_cause
 from cluster.context import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, LaunchResult
+from cluster.flag import StopFlag
 from cluster.signals import StopSignals
 from cluster.supervisor import Generation
 from data.errors import DataError
@@ -46,6 +47,7 @@ def start(
     entry: str = ENTRY,
     extra: Mapping[str, Any] | None = None,
     began: float | None = None,
+    stop: StopFlag | None = None,
 ) -> LaunchResult:
     """Packs what has to be packed, writes the run's configuration, and trains under the plan's launcher.
 
@@ -55,6 +57,7 @@ def start(
         entry: what every rank runs, "module:function"; a benchmark has one of its own around the usual one.
         extra: JSON-able, for that entry; added to the payload.
         began: time.monotonic() when the command began, for the account of its time; None is now.
+        stop: under MPI, set where a stop was asked for before the ranks have met: they stop before the first step.
 
     Raises:
         ConfigError: another process is training into the same folder, or another run keeps its checkpoints in
@@ -68,7 +71,7 @@ def start(
             if first:
                 held.enter_context(only_driver(plan.run))
                 identity = _prepare(plan, cause, began)
-        return _start(plan, cause, first, entry, extra or {}, identity)
+        return _start(plan, cause, first, entry, extra or {}, identity, stop)
 
 
 def _done_by_first(launcher: str) -> AbstractContextManager[bool]:
@@ -102,7 +105,13 @@ def _prepare(plan: Plan, cause: str, began: float) -> Identity:
 
 
 def _start(
-    plan: Plan, cause: str, first: bool, entry: str, extra: Mapping[str, Any], identity: Identity | None
+    plan: Plan,
+    cause: str,
+    first: bool,
+    entry: str,
+    extra: Mapping[str, Any],
+    identity: Identity | None,
+    stop: StopFlag | None,
 ) -> LaunchResult:
     payload = {
         "config": asdict(plan.config),
@@ -115,14 +124,14 @@ def _start(
         **extra,
     }
     started = time.monotonic()
-    result = _launch(plan, entry, payload)
+    result = _launch(plan, entry, payload, stop)
     if first:
         _record_end(plan, result, time.monotonic() - started)
         _account(plan, result)
     return result
 
 
-def _launch(plan: Plan, entry: str, payload: dict) -> LaunchResult:
+def _launch(plan: Plan, entry: str, payload: dict, stop: StopFlag | None) -> LaunchResult:
     spec, log_dir = plan.config.cluster, RunFolder(plan.run).logs
     if plan.launcher == "debug":
         from cluster import debug
@@ -133,7 +142,8 @@ def _launch(plan: Plan, entry: str, payload: dict) -> LaunchResult:
     if plan.launcher == "mpi":
         from cluster import mpi
 
-        return mpi.run(entry, payload, spec, log_dir=log_dir, ep_size=plan.config.parallel.ep_size)
+        ep_size = plan.config.parallel.ep_size
+        return mpi.run(entry, payload, spec, log_dir=log_dir, ep_size=ep_size, stop=stop)
     if plan.launcher == "local":
         return run_supervised(plan, payload, _local(plan, entry), say)
     from cluster.ray_pool import RayPool

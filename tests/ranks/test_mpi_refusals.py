@@ -10,7 +10,9 @@ import pytest
 
 from cluster.mpi import mpirun_environment
 from cluster.mpi_exchange import combined
+from data.pack import pack
 from launch.lock import only_driver
+from tests.end_to_end.conftest import CONFIG, events
 
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = Path(sys.executable).parent / "mpirun"
@@ -72,6 +74,40 @@ def test_whatever_else_escapes_aborts_the_world() -> None:
     done = mpirun(["-c", ESCAPES], ["-c", ESCAPES], limit=60)
     assert done.returncode == 3, done.stderr
     assert f"rank 1 on {socket.gethostname()} gave up before training" in done.stderr
+
+
+EARLY = """
+import os, signal, sys
+from launch import start
+prepare = start._prepare
+def asked_to_stop(*args):
+    os.kill(os.getpid(), signal.SIGUSR1)  # as mpirun hands it on while rank 0 packs
+    return prepare(*args)
+start._prepare = asked_to_stop
+from launch.cli import program
+sys.exit(program())
+"""
+
+
+@needs_mpirun
+def test_a_stop_that_comes_before_the_ranks_have_met_is_kept(tmp_path: Path) -> None:
+    pack([str(ROOT / "cluster")], tmp_path / "data", tokenizer="bytes", heldout_kib=4)
+    (tmp_path / "tiny.toml").write_text(CONFIG.format(path=tmp_path / "data"))
+    rank = [
+        "-c",
+        EARLY,
+        "train",
+        tmp_path / "tiny.toml",
+        "--launcher",
+        "mpi",
+        "--run",
+        tmp_path / "run",
+        "--no-summary",
+    ]
+    done = mpirun(rank, rank)
+    assert done.returncode == 75, done.stdout + done.stderr
+    stops = [event for event in events(tmp_path / "run") if event["kind"] == "stop"]
+    assert [event["step"] for event in stops] == [0], "all ranks stop, before the first step"
 
 
 def test_problems_of_several_ranks_are_all_said_and_equal_ones_once() -> None:
