@@ -105,7 +105,8 @@ def check(key: str, text: str, dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("section", sorted(Config.__dataclass_fields__))
-def test_awkward_values_of_every_key(section: str, dataset: Dataset) -> None:
+def test_awkward_values_of_every_key(section: str, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.preflight.secret_problems", lambda tables: [])  # a third of the time; tested by itself
     for key in KEYS:
         if key.startswith(f"{section}."):
             edges = [
