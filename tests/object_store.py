@@ -88,12 +88,15 @@ class ObjectStore(AbstractFileSystem):
 
 
 class LeakyStore(ObjectStore):
-    """leaky://: takes nothing, and says why with every secret that it knows."""
+    """leaky://: takes no more than whose place it is, and says why with every secret that it knows; with LEAKY_ALL in
+    the environment it takes nothing at all."""
 
     protocol = "leaky"
 
     def _open(self, path: str, mode: str = "rb", **more: Any) -> io.BufferedIOBase:
         environment = os.environ
+        if path.endswith("/OWNER.json") and "LEAKY_ALL" not in environment:
+            return super()._open(path, mode, **more)
         print(f"opening {path} with {environment['PLANTED_SECRET_KEY']}", flush=True)
         raise PermissionError(
             f"denied: key {environment['PLANTED_SECRET_KEY']}, GET https://me:{environment['PLANTED_PASSWORD']}@host/x"

@@ -27,11 +27,15 @@ def test_a_run_whose_storage_tells_all(trimtab, config: Path, tmp_path: Path) ->
     register_for_children(tmp_path / "plugin")
     (tmp_path / "objects").mkdir()
     run = tmp_path / "run"
-    done = trimtab(
+    words = [
         "train", config, "checkpoint.dir=leaky://bucket/run", "checkpoint.every_steps=1", "train.steps=3",
-        "checkpoint.max_failed_saves=2", "cluster.restarts=0", "--launcher", "local", "--run", run, "--no-summary",
-        PYTHONPATH=f"{ROOT}:{tmp_path / 'plugin'}", OBJECT_STORE=str(tmp_path / "objects"), **PLANTED,
-    )  # fmt: skip
+        "checkpoint.max_failed_saves=2", "cluster.restarts=0", "--launcher", "local", "--no-summary", "--run",
+    ]  # fmt: skip
+    places_of = {"PYTHONPATH": f"{ROOT}:{tmp_path / 'plugin'}", "OBJECT_STORE": str(tmp_path / "objects"), **PLANTED}
+    refused = trimtab(*words, tmp_path / "refused", **places_of, LEAKY_ALL="1")
+    assert refused.returncode == 2 and "cannot be written" in refused.stderr, "a place that takes nothing is refused"
+    assert "***PLANTED_SECRET_KEY***" in refused.stderr and places(tmp_path, refused.stdout, refused.stderr) == []
+    done = trimtab(*words, run, **places_of)
     assert done.returncode == 1, done.stdout + done.stderr
     shown = "denied: key ***PLANTED_SECRET_KEY***, GET https://***@host/x?X-Amz-Signature=***"
     alarms = [event["cause"] for event in events(run) if event["kind"] == "alarm"]

@@ -134,7 +134,7 @@ def test_nan_in_the_forward_pass_is_named_by_its_first_tensor(contract_data: Pat
 
 def test_nan_that_does_not_end_stops_the_run(contract_data: Path, tmp_path: Path) -> None:
     config = tiny(contract_data, guard=GuardConfig(max_skips=3))
-    with pytest.raises(TrainingDivergedError, match="step 5: gradient norm is nan, for the 3th step in a row"):
+    with pytest.raises(TrainingDivergedError, match="step 5: gradient norm is nan, for the 3rd step in a row"):
         play(config, tmp_path, prepare=lambda session: poison(session, rank=0, steps=range(2, 99), by=math.nan))
     assert [event["step"] for event in events(tmp_path, "skip")] == [3, 4, 5]
     assert all(event["samples"] for event in events(tmp_path, "skip"))
