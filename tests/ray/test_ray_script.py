@@ -107,7 +107,7 @@ def cluster(hostile, tmp_path_factory):
     finally:
         everything |= set(descendants(head.pid))
         head.send_signal(signal.SIGTERM)
-        head.wait(30)
+        head.wait(120)  # a job that a failed test has left saves first
         end_processes(lambda: [pid for pid in everything if is_alive(pid)], grace_s=2.0)
         shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
 
