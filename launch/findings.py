@@ -125,16 +125,13 @@ def _uneven(history: History, layers: Sequence[str]) -> str:
 def _periodic(history: History, lane_period: int | None) -> str:
     """Spikes of max_vio that come back after the same number of steps, in the run's second half."""
     half = len(history.steps) // 2
-    steps, vio = history.steps[half:], history.figures["max_vio"][half:]
+    vio = history.figures["max_vio"][half:]
     if not np.isfinite(vio).any():
         return ""
     median = float(np.nanmedian(vio))
-    spikes = steps[np.nan_to_num(vio) > 2 * median]
-    gaps = np.diff(spikes)
-    if len(gaps) < 3:
-        return ""
-    period = int(np.median(gaps))
-    if period < 2 or (gaps % period == 0).mean() < 0.8:
+    spikes = np.nan_to_num(vio) > 2 * median
+    period = _period(spikes)
+    if period is None:
         return ""
     text = f"max_vio rises to {float(np.nanmax(vio)):.2f} every {period} steps, over a median of {median:.2f}"
     if period == lane_period:
@@ -144,6 +141,18 @@ def _periodic(history: History, lane_period: int | None) -> str:
             "It ends with that document"
         )
     return text + "."
+
+
+def _period(spikes: np.ndarray) -> int | None:
+    """The least number of steps, 2 or more, after which three of four spikes, (n,) bool, come again; None without one,
+    or where spikes are so many that they meet by chance."""
+    if spikes.sum() < 4 or spikes.mean() > 0.25:
+        return None
+    for period in range(2, len(spikes) // 4 + 1):
+        begun = spikes[:-period].sum()
+        if begun >= 3 and (spikes[:-period] & spikes[period:]).sum() >= 0.75 * begun:
+            return period
+    return None
 
 
 def _bias(history: History, layers: Sequence[str]) -> str:

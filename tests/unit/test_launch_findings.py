@@ -8,7 +8,7 @@ import pytest
 
 from launch.alarms import Alarms
 from launch.balance_stats import rank_loads
-from launch.findings import alarm_table, findings
+from launch.findings import _period, alarm_table, findings
 from launch.history import alarm_spells, read_history, read_pairs, summarize_history
 from launch.pictures import marks_of
 from launch.report import write_report
@@ -229,3 +229,12 @@ def test_runs_recorded_before_these_figures_have_a_report(tmp_path: Path) -> Non
         })  # fmt: skip
     text = write_report(tmp_path / "old").read_text()
     assert "max_vio_layers.png" in text and "entropy.png" not in text and "dead.png" not in text
+
+
+def test_spikes_that_return_have_a_period_and_others_none() -> None:
+    steps = np.arange(350)
+    returning = np.isin(steps % 24, (18, 22, 23)) & (steps != 70)  # three documents' lanes, one spike missing
+    assert _period(returning) == 24
+    assert _period(np.isin(steps, (5, 60, 61, 150, 300))) is None
+    assert _period(steps % 2 == 0) is None  # not spikes: half of all steps
+    assert _period(steps == 3) is None
